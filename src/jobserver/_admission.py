@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Who may go on: gating, waiting for a slot, and lending one's own.
+
+Guarantees (I3, progress):
+
+* A job that is blocked in a submission without a timeout, with no token free, lends its own token
+  to the child that it is submitting, and leaves the submission when it holds a token again.
+* A job that waits without a timeout for a child of its own puts its token into the pool meanwhile,
+  if it was told to (``lend=True``) or if somebody below it is blocked without a slot to lend (see
+  ``_slots._own``). It keeps the child's token when the child has ended.
+* So no job ever waits while it holds a token that somebody it waits for needs: the leaves of the
+  tree of waiting processes always run.
+* A wait with a timeout never lends: the token could not be had back in time.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from ._callbacks import issue_due, issuing
+from ._check import check_pause
+from ._errors import Blocked
+from ._slots._lease import Lease
+from ._slots._own import own_slot
+
+if TYPE_CHECKING:
+    from ._future import Future
+    from ._reactor import Reactor
+
+# A waiter looks for the tokens of dead holders after each so many seconds of fruitless waiting.
+_TICK = 0.2
+
+
+class Admission:
+    """The waiting side of one reactor."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+
+    def reap(self) -> None:
+        """Take note of what has ended, and issue its callbacks."""
+        self.reactor.reap()
+        issue_due(self.reactor)
+
+    def gate(self, sleep_fn: Callable[[], Optional[float]], deadline: Optional[float]) -> None:
+        """Ask ``sleep_fn`` until it lets the work in; reaps meanwhile."""
+        while True:
+            pause = check_pause(sleep_fn())
+            if pause is None:
+                return
+            self._pause(time.monotonic() + pause, deadline)
+
+    def _pause(self, until: float, deadline: Optional[float]) -> None:
+        """Reap and issue callbacks until an instant; Blocked if the deadline comes before it."""
+        late = deadline is not None and deadline < until
+        end = min(until, deadline) if deadline is not None else until
+        while True:
+            issue_due(self.reactor)
+            # An endless pause (inf) is slept in days, which epoll can count.
+            step = min(end, time.monotonic() + 86400)
+            if not self.reactor.wait(self._callbacks_due, step) and time.monotonic() >= end:
+                break
+        if late:
+            raise Blocked("sleep_fn did not let the work in within the timeout")
+
+    def _callbacks_due(self) -> bool:
+        return bool(self.reactor.ready) and not issuing()
+
+    def take(
+        self, deadline: Optional[float], until: Optional[Future[Any]] = None
+    ) -> Optional[Lease]:
+        """
+        Wait for a slot for a child.
+
+        Args:
+            deadline: The ``time.monotonic`` instant at which to give up.
+            until: Give up as well, returning None, when this future is done.
+
+        Raises:
+            Blocked: There was none in time.
+            CallbackRaised: A callback failed meanwhile; nothing is taken.
+        """
+        reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
+        job = own.attach(slots)
+        taken: list[Lease] = []
+
+        def test() -> bool:
+            self._refuse_closed()
+            lease = slots.try_take()
+            if lease is not None:
+                taken.append(lease)
+                return True
+            return (until is not None and until._outcome is not None) or self._callbacks_due()
+
+        rang = False
+        try:
+            while True:
+                issue_due(reactor)
+                if job and deadline is None and until is None:
+                    with reactor.lock:
+                        if not test():
+                            mine = own.lend()
+                            if mine is not None:
+                                return mine
+                    if not taken and not self._callbacks_due():
+                        rang = rang or own.ring()
+                if taken or reactor.wait(
+                    test,
+                    deadline,
+                    arm=(slots.fileno(),),
+                    tick=_TICK,
+                    on_tick=slots.sweep,
+                ):
+                    if taken:
+                        return taken.pop()
+                    if until is not None and until._outcome is not None:
+                        return None
+                elif not slots.sweep():
+                    raise Blocked("no slot was free within the timeout")
+        finally:
+            if rang:
+                own.hush()
+
+    def _refuse_closed(self) -> None:
+        if self.reactor.closed:
+            raise RuntimeError("Jobserver is closed")
+
+    def give_back(self, lease: Lease) -> None:
+        """Return what ``take`` has given: the job it was for could not be started."""
+        with self.reactor.lock:
+            own = own_slot()
+            if own.lent and own.attach(self.reactor.slots):
+                own.lease = lease
+            else:
+                lease.release()
+            self.reactor.wake_seekers()
+
+    def regain(self) -> None:
+        """If this job has lent its slot, wait until it holds one again. Issues no callbacks."""
+        reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
+        if not own.lent or not own.attach(slots):
+            return
+
+        def test() -> bool:
+            if own.lease is None:
+                own.lease = slots.try_take()
+            return own.lease is not None
+
+        with reactor.lock:
+            reactor.starving += 1
+        try:
+            reactor.wait(test, None, arm=(slots.fileno(),), tick=_TICK, on_tick=slots.sweep)
+        finally:
+            with reactor.lock:
+                reactor.starving -= 1
+
+    def wait_for(self, future: Future[Any], deadline: Optional[float]) -> bool:
+        """Wait until ``future`` is done; issues callbacks meanwhile."""
+        return self._wait(lambda: future._outcome is not None, deadline, future)
+
+    def wait_for_all(self) -> None:
+        """Wait until nothing is in flight; issues callbacks meanwhile."""
+        self._wait(lambda: not self.reactor.running, None, None)
+
+    def _wait(
+        self, over: Callable[[], bool], deadline: Optional[float], future: Optional[Future[Any]]
+    ) -> bool:
+        reactor, own = self.reactor, own_slot()
+        can_lend = deadline is None and own.attach(reactor.slots) and own.consumes
+
+        def test() -> bool:
+            return over() or self._callbacks_due()
+
+        def test_or_heard() -> bool:
+            return test() or own.heard()
+
+        reactor.reap()
+        while True:
+            issue_due(reactor)
+            with reactor.lock:
+                if over():
+                    return True
+                lend = can_lend and (self._lends(future) or own.heard())
+            if lend:
+                self._wait_lending(test, future)
+            elif can_lend:
+                bell = own.bell()
+                reactor.wait(
+                    test_or_heard, None, target=future, arm=(bell,) if bell >= 0 else ()
+                )
+            elif not reactor.wait(test, deadline, target=future):
+                return False
+
+    def _lends(self, future: Optional[Future[Any]]) -> bool:
+        if future is not None:
+            return future._lends
+        return any(running._lends for running in self.reactor.running)
+
+    def _wait_lending(self, test: Callable[[], bool], future: Optional[Future[Any]]) -> None:
+        reactor, own = self.reactor, own_slot()
+        claimed = set() if future is None else {future}
+        with reactor.lock:
+            if test():
+                return
+            reactor.claimed |= claimed
+            mine = own.lend()
+            if mine is not None:
+                mine.release()
+        try:
+            reactor.wait(test, None, target=future)
+        finally:
+            with reactor.lock:
+                reactor.claimed -= claimed
+            self.regain()

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""The public Jobserver: a handle that validates, gates, submits, maps and closes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.context import BaseContext
+from types import TracebackType
+from typing import Any, Callable, Optional, TypeVar, Union
+
+from ._check import (
+    Env,
+    check_args,
+    check_callable,
+    check_consume,
+    check_env,
+    check_kwargs,
+    check_optional_callable,
+    deadline_of,
+)
+from ._future import Future
+from ._map import Plan, plan_map
+from ._shared import Canary, Shared
+from ._worker._task import Task
+
+T = TypeVar("T")
+_Unchanged = type(...)
+PreexecFn = Callable[[], Any]
+SleepFn = Callable[[], Optional[float]]
+
+
+class Jobserver:
+    """
+    One pool of slots for a program and everything it starts.
+
+    Args:
+        context: None for the platform's default start method, ``"fork"``, ``"spawn"``,
+            ``"forkserver"``, or a ``multiprocessing`` context.
+        slots: How many jobs may run at once; None for as many as this process may use CPUs.
+        env: Default for every submission, see ``submit``.
+        preexec_fn: Default for every submission, see ``submit``.
+        sleep_fn: Default for every submission, see ``submit``.
+        lend: With True, a job lends its slot also while it waits for its children.
+
+    Raises:
+        TypeError, ValueError: A malformed argument.
+        OSError: Too few descriptors for so many slots.
+    """
+
+    def __init__(
+        self,
+        context: Union[None, str, BaseContext] = None,
+        slots: Optional[int] = None,
+        *,
+        env: Env = (),
+        preexec_fn: Optional[PreexecFn] = None,
+        sleep_fn: Optional[SleepFn] = None,
+        lend: bool = False,
+    ) -> None:
+        self._set_defaults(check_env(env), preexec_fn, sleep_fn, lend)
+        self._bind(Shared.create(context, slots))
+
+    def _set_defaults(
+        self,
+        env: dict[str, Optional[str]],
+        preexec_fn: Optional[PreexecFn],
+        sleep_fn: Optional[SleepFn],
+        lend: bool,  # noqa: FBT001
+    ) -> None:
+        check_optional_callable("preexec_fn", preexec_fn)
+        check_optional_callable("sleep_fn", sleep_fn)
+        if not isinstance(lend, bool):
+            raise TypeError(f"lend must be a bool, not {type(lend).__name__}")
+        self._env = env
+        self._preexec_fn = preexec_fn
+        self._sleep_fn = sleep_fn
+        self._lend = lend
+
+    def _bind(self, shared: Shared) -> None:
+        self._shared = shared
+        self._canary: Canary = shared.canary()
+
+    @property
+    def context(self) -> BaseContext:
+        """The ``multiprocessing`` context whose start method is used."""
+        return self._shared.context
+
+    def __call__(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Short for ``submit(fn=fn, args=args, kwargs=kwargs)``."""
+        return self.submit(fn, args=args, kwargs=kwargs)
+
+    def submit(
+        self,
+        fn: Callable[..., T],
+        *,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] = {},  # noqa: B006  # never changed
+        consume: int = 1,
+        env: Optional[Env] = None,
+        preexec_fn: Optional[PreexecFn] = None,
+        sleep_fn: Optional[SleepFn] = None,
+        timeout: Optional[float] = None,
+    ) -> Future[T]:
+        """
+        Run ``fn(*args, **kwargs)`` in a worker process, once a slot is free.
+
+        Finished jobs are reaped, their slots returned and their callbacks issued before and while
+        this waits.
+
+        Args:
+            fn: What to call.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            consume: How many slots the job holds while it runs: 1, or 0 to start at once.
+            env: Changes to the worker's ``os.environ``, made before fn; a mapping or pairs of name
+                and value, where a value of None unsets the name.
+            preexec_fn: Called in the worker just before fn; may return a context manager, which
+                then wraps fn and may suppress its exception (the result is then None).
+            sleep_fn: Called here before a slot is taken: returns None to let the work in, or how
+                many seconds to sleep before it is asked again.
+            timeout: How many seconds to wait at most; None for as long as it takes.
+
+        Raises:
+            Blocked: No slot in time; nothing has started.
+            CallbackRaised: A callback failed; nothing has started, and the call may be made again.
+            TypeError: A malformed argument, or one that cannot be pickled though the start method
+                needs it to be.
+            ValueError: An argument out of range.
+            RuntimeError: The Jobserver is closed.
+            OSError: The system refuses another process or descriptor; nothing is left behind.
+        """
+        check_callable("fn", fn)
+        task = Task(fn, check_args(args), check_kwargs(kwargs), *self._worker_side(env, preexec_fn))
+        check_consume(consume)
+        check_optional_callable("sleep_fn", sleep_fn)
+        future = self._submit(task, consume, sleep_fn, deadline_of(timeout), None)
+        assert future is not None  # noqa: S101  # None is for `until` alone
+        return future
+
+    def _worker_side(
+        self, env: Optional[Env], preexec_fn: Optional[PreexecFn]
+    ) -> tuple[dict[str, Optional[str]], Optional[PreexecFn]]:
+        check_optional_callable("preexec_fn", preexec_fn)
+        return (
+            self._env if env is None else check_env(env),
+            self._preexec_fn if preexec_fn is None else preexec_fn,
+        )
+
+    def _submit(
+        self,
+        task: Task,
+        consume: int,
+        sleep_fn: Optional[SleepFn],
+        deadline: Optional[float],
+        until: Optional[Future[Any]],
+    ) -> Optional[Future[Any]]:
+        """Submit what has been checked; None when ``until`` was done before a slot was free."""
+        shared = self._shared
+        shared.refuse_closed()
+        shared.admission.reap()
+        gate = self._sleep_fn if sleep_fn is None else sleep_fn
+        if gate is not None:
+            shared.admission.gate(gate, deadline)
+        lease = None
+        if consume:
+            lease = shared.admission.take(deadline, until)
+            if lease is None:
+                return None
+        return shared.start(task, lease, lends=self._lend)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        argses: Optional[Iterable[Iterable[Any]]] = None,
+        kwargses: Optional[Iterable[Mapping[str, Any]]] = None,
+        *,
+        env: Optional[Env] = None,
+        preexec_fn: Optional[PreexecFn] = None,
+        sleep_fn: Optional[SleepFn] = None,
+        timeout: Optional[float] = None,
+        chunksize: int = 1,
+        buffersize: Optional[int] = None,
+    ) -> Iterator[T]:
+        """
+        Call fn once for each element of the inputs; yield the results in order.
+
+        Work is submitted as the results are iterated over. Leaving the iteration early neither
+        cancels nor waits: slots come back at the next reclaim or exit.
+
+        Args:
+            fn: What to call.
+            argses: The positional arguments of each call, an iterable each.
+            kwargses: The keyword arguments of each call, a mapping each. With both, as many as
+                ``argses``.
+            env: See ``submit``.
+            preexec_fn: See ``submit``; called once for each chunk.
+            sleep_fn: See ``submit``.
+            timeout: Seconds from this call until the iterator raises TimeoutError.
+            chunksize: So many calls go to one worker together.
+            buffersize: None to collect the inputs now; else at most so many submissions are
+                outstanding, and inputs are read only as needed: infinite ones work.
+
+        Raises:
+            TypeError, ValueError: A malformed argument.
+            concurrent.futures.TimeoutError: From the iterator, once the timeout is over.
+        """
+        check_callable("fn", fn)
+        check_optional_callable("sleep_fn", sleep_fn)
+        env_found, preexec_found = self._worker_side(env, preexec_fn)
+        self._shared.refuse_closed()
+        plan = Plan(fn, env_found, preexec_found, sleep_fn, deadline_of(timeout))
+        return plan_map(
+            self._submit, self._shared, plan, argses, kwargses, chunksize, buffersize
+        )
+
+    def replace(
+        self,
+        *,
+        env: Any = ...,
+        preexec_fn: Any = ...,
+        sleep_fn: Any = ...,
+        lend: Any = ...,
+    ) -> Jobserver:
+        """
+        Return a sibling handle with other defaults, which shares the same slots.
+
+        Args:
+            env: As in the constructor; None for none; what is not named stays.
+            preexec_fn: Likewise.
+            sleep_fn: Likewise.
+            lend: Likewise.
+        """
+        sibling = self.__copy__()
+        sibling._set_defaults(
+            self._env if env is ... else check_env(() if env is None else env),
+            self._preexec_fn if preexec_fn is ... else preexec_fn,
+            self._sleep_fn if sleep_fn is ... else sleep_fn,
+            self._lend if lend is ... else lend,
+        )
+        return sibling
+
+    def reclaim_resources(self) -> None:
+        """
+        Reap what has finished, return its slots and issue its callbacks, without waiting.
+
+        Raises:
+            CallbackRaised: A callback failed; call again for the rest.
+            RuntimeError: The Jobserver is closed.
+        """
+        self._shared.refuse_closed()
+        self._shared.admission.reap()
+
+    def __enter__(self) -> Jobserver:
+        """Open a with-block; the pool closes when the last one on any of its handles is left."""
+        self._shared.enter()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        """Reap, drain callbacks (an error in one becomes a RuntimeWarning), close."""
+        self._shared.exit()
+
+    def __copy__(self) -> Jobserver:
+        """Return another handle on the same slots."""
+        twin = type(self).__new__(type(self))
+        twin._set_defaults(self._env, self._preexec_fn, self._sleep_fn, self._lend)
+        twin._bind(self._shared)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Jobserver:
+        """Return another handle on the same slots: slots cannot be doubled."""
+        return self.__copy__()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """Return what travels into a job: the slots and the defaults, no Future."""
+        return self._shared, self._env, self._preexec_fn, self._sleep_fn, self._lend
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Become a handle on the slots that came along."""
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[0], Shared):
+            raise TypeError("this is not the state of a Jobserver")
+        shared, *defaults = state
+        self._set_defaults(*defaults)
+        self._bind(shared)
+
+    def __repr__(self) -> str:
+        return repr(self._shared)

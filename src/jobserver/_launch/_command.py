@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Start a fresh interpreter on one of our own modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from multiprocessing import spawn, util
+from typing import Any
+
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def start_interpreter(module: str, fds: Sequence[int]) -> int:
+    """Call ``main(*fds)`` of ``module`` in a new process that inherits ``fds``; returns its pid."""
+    helper: Any = util
+    # The new process learns our sys.path only later, and must find this package before.
+    code = (
+        f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r});"
+        f" from {module} import main; main({', '.join(map(str, fds))})"
+    )
+    command = [spawn.get_executable(), *helper._args_from_interpreter_flags(), "-c", code]
+    pid: int = helper.spawnv_passfds(
+        os.fsencode(spawn.get_executable()), [os.fsencode(word) for word in command], sorted(fds)
+    )
+    return pid

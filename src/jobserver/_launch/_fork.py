@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Fork a worker: nothing is pickled, nothing imported.
+
+The child shares the parent's memory until either writes to a page of it, so the fewer objects the
+child touches the cheaper it is: no Process object is started, no module loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from multiprocessing import process, util
+from typing import Any, NoReturn
+
+from jobserver import _forking
+from jobserver._flight import Started, child_exit_status
+from jobserver._slots._own import OwnSlot, run_on
+from jobserver._worker._main import work
+from jobserver._worker._process import become_worker
+from jobserver._worker._task import Task
+
+from ._seat import Seat
+
+
+class ForkLauncher:
+    """Launch each worker by ``os.fork``."""
+
+    def prepare(self, task: Task) -> Task:
+        """Nothing to do: the child sees the parent's memory."""
+        return task
+
+    def launch(self, task: Task, seat: Seat) -> Started:
+        """Start a worker; call with the launch lock held."""
+        flush: Any = util
+        flush._flush_std_streams()  # else what is buffered would be written twice
+        bookkeeping: Any = process
+        next(bookkeeping._process_counter)  # so that siblings differ in their _identity
+        reader, writer = os.pipe()
+        parent = os.getpid()
+        pid = -1
+        try:
+            pid = _forking.fork(seat.fds() | {writer})
+            if pid == 0:
+                os.close(reader)
+                _child(task, writer, seat, parent)
+        except BaseException:
+            if os.getpid() != parent:
+                # An exception at the first instant of the child's life must not unwind the
+                # parent's stack in it.
+                os._exit(1)
+            os.close(reader)
+            raise
+        finally:
+            if os.getpid() == parent:
+                os.close(writer)
+        _forking.pending.add(reader)
+        os.set_blocking(reader, False)
+        try:
+            pidfd = open_pidfd(pid)
+        except BaseException:
+            _forking.pending.discard(reader)
+            os.close(reader)
+            raise
+        return Started(pid, pidfd, reader, lambda: child_exit_status(pidfd))
+
+    def deliver(self, prepared: Task, seat: Seat, started: Started) -> None:
+        """Nothing to do: the worker was born with its task."""
+
+
+def open_pidfd(pid: int) -> int:
+    """Open a pidfd of a child; -1 when other code has already reaped it."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+    except BaseException:
+        # No descriptor to watch it by: the job has not been accepted, so it must not run on.
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        raise
+
+
+def _child(task: Task, channel: int, seat: Seat, parent: int) -> NoReturn:
+    try:
+        run_on(OwnSlot(seat.key, seat.lease_fd, seat.berth, seat.bell))
+        become_worker(parent, forked=True)
+        work(task.run, channel)
+    except BaseException:  # noqa: BLE001  # KeyboardInterrupt before fn was called
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(1)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Pickle a task for another process, together with the descriptors it refers to.
+
+``multiprocessing`` objects (queues, locks, connections, shared memory, proxies) agree to be
+pickled only while a process is being started, and ask whoever starts it to pass descriptors on.
+Here that is us.
+"""
+
+from __future__ import annotations
+
+from multiprocessing import context
+from typing import Any, NamedTuple
+
+from jobserver._wire import Buffer, dump
+from jobserver._worker._inherit import InheritedFd
+from jobserver._worker._task import Task
+
+
+class Pickled(NamedTuple):
+    """A task on its way: its pieces, and the descriptors that go along."""
+
+    payload: list[Buffer]
+    fds: list[int]
+
+
+class _Starting:
+    """Stands in for the Popen object that multiprocessing's reductions talk to."""
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Note a descriptor; returns its place in the list that the worker gets."""
+        self.fds.append(fd)
+        return len(self.fds) - 1
+
+    def DupFd(self, place: int) -> InheritedFd:  # noqa: N802  # multiprocessing's name
+        """Return what the worker unpickles to the descriptor."""
+        return InheritedFd(place)
+
+
+def pickle_task(task: Task, method: str) -> Pickled:
+    """Pickle ``task``; TypeError that names the start method if that is not possible."""
+    starting = _Starting()
+    spawning: Any = context
+    outer = spawning.get_spawning_popen()
+    spawning.set_spawning_popen(starting)
+    try:
+        payload = dump(tuple(task))
+    except Exception as error:
+        raise TypeError(
+            f"the job is not picklable, which the start method {method!r} needs: {error}"
+        ) from error
+    finally:
+        spawning.set_spawning_popen(outer)
+    return Pickled(payload, starting.fds)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+The client of the zygote: one small process for a whole tree, which forks workers on request.
+
+Guarantees:
+
+* The zygote is started by the first process that needs one, and inherited by all jobs it forks:
+  they reach it through the *door*, an anonymous socket. Nothing listens anywhere.
+* Each client process has a connection of its own. Replies carry the number of the request, so one
+  that was given up (Ctrl-C) does not confuse the next.
+* The zygote ends when its owner does, however that ends: it holds the reading end of a pipe whose
+  only writing end is the owner's.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import os
+import pickle
+import socket
+import struct
+import threading
+from multiprocessing import forkserver
+from typing import Any, Optional
+
+from jobserver import _forking
+from jobserver._fds import fds_of
+from jobserver._flight import Started
+from jobserver._worker._protocol import (
+    EXITED,
+    FAILED,
+    FORK,
+    LAUNCHED,
+    MESSAGE,
+    PING,
+    QUERY,
+    READY,
+    THREADED,
+)
+
+from ._command import start_interpreter
+from ._prep import foundations, surroundings
+
+_LENGTH = struct.Struct("<Q")
+
+
+class ZygoteDied(Exception):
+    """The zygote has gone; a new one may be started."""
+
+
+class ZygoteClient:
+    """This process's way to the zygote of its tree."""
+
+    def __init__(self, door: Optional[socket.socket], known: dict[str, Any]) -> None:
+        # What the workers of this zygote know already of their surroundings.
+        self.known = known
+        self._door = door
+        self._alive = -1
+        self._pid = -1
+        self._connection: Optional[socket.socket] = None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._exits: dict[int, int] = {}
+        _forking.track(self)
+
+    def launch(self, theirs: socket.socket, ours: socket.socket) -> Started:
+        """Have a worker forked that owns ``theirs``; call with the launch lock held."""
+        with self._lock:
+            number = next(self._numbers)
+            try:
+                kind, value, fds = self._request(FORK, number, theirs.fileno())
+            except ZygoteDied:
+                self._forget()
+                kind, value, fds = self._request(FORK, number, theirs.fileno())
+        if kind == FAILED:
+            raise OSError(value, f"the zygote cannot fork a worker: {os.strerror(value)}")
+        return Started(value, fds[0], ours.fileno(), lambda: self.exit_status(number))
+
+    def exit_status(self, number: int) -> Optional[int]:
+        """Return the exit status of a worker that has ended; None when the zygote is gone, too."""
+        with self._lock:
+            if number not in self._exits:
+                try:
+                    self._request(QUERY, number)
+                except (ZygoteDied, OSError):
+                    return None
+            return self._exits.pop(number, None)
+
+    def _request(self, kind: int, number: int, fd: int = -1) -> tuple[int, int, list[int]]:
+        connection = self._connection or self._connect()
+        ancillary = []
+        if fd >= 0:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        try:
+            connection.sendmsg([MESSAGE.pack(kind, number, 0)], ancillary, socket.MSG_NOSIGNAL)
+            return self._reply(connection, number)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ZygoteDied from error
+
+    def _reply(self, connection: socket.socket, number: int) -> tuple[int, int, list[int]]:
+        while True:
+            data, ancillary, _flags, _address = connection.recvmsg(
+                MESSAGE.size, socket.CMSG_SPACE(4)
+            )
+            fds = fds_of(ancillary)
+            if not data:
+                raise ZygoteDied
+            kind, answered, value = MESSAGE.unpack(data)
+            if kind == EXITED:
+                self._exits[answered] = value
+            if answered == number:
+                return kind, value, fds
+            for fd in fds:  # of a request that was given up; its worker finds its channel closed
+                os.close(fd)
+
+    def _connect(self) -> socket.socket:
+        if self._door is None:
+            self._start(import_main=True)
+        assert self._door is not None  # noqa: S101
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
+            try:
+                self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                ours.close()
+                raise ZygoteDied from error
+        self._connection = ours
+        return ours
+
+    def _start(self, *, import_main: bool) -> None:
+        """Start a zygote and wait until it is ready."""
+        known = surroundings()
+        preload: Any = getattr(forkserver, "_forkserver", None)
+        told = {
+            **foundations(),
+            **known,
+            "import_main": import_main,
+            "preload": [name for name in preload._preload_modules if name != "__main__"],
+        }
+        door, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        reader, writer = os.pipe()
+        try:
+            self._pid = start_interpreter(
+                "jobserver._worker._zygote", [server.fileno(), door.fileno(), reader]
+            )
+        except BaseException:
+            os.close(writer)
+            door.close()
+            raise
+        finally:
+            server.close()
+            os.close(reader)
+        self.known, self._door, self._alive = known, door, writer
+        self._tell(pickle.dumps(told))
+        try:
+            kind, _value, _fds = self._request(PING, 0)
+        except ZygoteDied:
+            status = self._forget()
+            raise RuntimeError(
+                f"the zygote of the start method 'forkserver' ended with exit status {status}"
+                " before it was ready; what it printed tells more"
+            ) from None
+        if kind == THREADED:
+            # Importing main has left threads running: nothing that is forked from there is safe.
+            self._forget()
+            self._start(import_main=False)
+        elif kind != READY:
+            raise AssertionError(kind)
+
+    def _tell(self, data: bytes) -> None:
+        data = _LENGTH.pack(len(data)) + data
+        try:
+            while data:
+                data = data[os.write(self._alive, data) :]
+        except BrokenPipeError:
+            return  # it has died: the request that follows finds out
+
+    def _forget(self) -> Optional[int]:
+        """Let go of a zygote that has died, or that is to end."""
+        status = None
+        for sock in (self._connection, self._door):
+            if sock is not None:
+                sock.close()
+        self._connection = self._door = None
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
+            try:
+                status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+            except ChildProcessError:
+                status = None
+        return status
+
+    def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
+        """Keep the door; the connection and the ownership are the parent's."""
+        self._lock = threading.Lock()
+        self._exits = {}
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
+
+
+_client = ZygoteClient(None, {})
+
+
+def client() -> ZygoteClient:
+    """Return this process's client."""
+    return _client
+
+
+def inherit_door(door: int, known: dict[str, Any]) -> None:
+    """In a worker that a zygote has forked: reach the same zygote through the same door."""
+    global _client  # noqa: PLW0603
+    _client = ZygoteClient(socket.socket(fileno=door), known)

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+What is in flight in this process on one pool: reaped, answered and woken from one epoll.
+
+Guarantees:
+
+* No thread of our own. Of the threads that wait, one (the leader) polls for all; the others
+  (followers) sleep on a lock each. Whoever stops waiting passes the lead on, so a thread that
+  waits is never without somebody who polls.
+* A future's outcome is set once, under ``lock``, after its slot has gone back.
+* A thread that settles something while another leads nudges the leader, which polls for events
+  that have already been taken.
+* No code of the user runs under ``lock``: results are unpickled and callbacks issued elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from . import _forking
+from ._flight import Flight, Started
+from ._outcome import Outcome
+from ._slots._lease import Lease
+from ._slots._own import own_slot
+from ._slots._pool import SlotPool, new_fifo
+from ._wire import RETURNED
+
+if TYPE_CHECKING:
+    from ._future import Future
+
+# Reactors with jobs in flight, so that the end of the process can wait for them all.
+_active: set[Reactor] = set()
+
+
+class Reactor:
+    """Track the jobs that this process has submitted to ``slots``."""
+
+    def __init__(self, slots: SlotPool) -> None:
+        self.slots = slots
+        self.lock = threading.Lock()
+        # Futures whose callbacks are due, oldest first.
+        self.ready: deque[Future[Any]] = deque()
+        # Futures that this job, having lent its slot, waits for: it goes on with their slot.
+        self.claimed: set[Future[Any]] = set()
+        # Threads that wait for this job's own slot to come back from anywhere.
+        self.starving = 0
+        self.closed = False
+        self.running: dict[Future[Any], Flight] = {}
+        self._watched: dict[int, Flight] = {}
+        self._armed: set[int] = set()
+        self._epoll: Optional[select.epoll] = None
+        self._nudge = -1
+        self._lingering = 0  # workers that have answered and are not reaped yet
+        self._leading = False
+        self._followers: dict[_Sleeper, None] = {}
+        _forking.track(self)
+
+    def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
+        """Track a job that has just been started."""
+        flight = Flight(started, lease, self._unwatch, future)
+        with self.lock:
+            self.running[future] = flight
+            _active.add(self)
+            self._watch(flight.channel, flight)
+            if flight.pidfd >= 0:
+                self._watch(flight.pidfd, flight)
+
+    def reap(self) -> None:
+        """Take note of all that has ended, without waiting."""
+        if not self._watched:
+            return
+        with self.lock:
+            if self._handle(self._poller().poll(0)):
+                self._nudge_leader()
+
+    def wait(
+        self,
+        test: Callable[[], bool],
+        deadline: Optional[float],
+        *,
+        target: Optional[Future[Any]] = None,
+        arm: Sequence[int] = (),
+        tick: Optional[float] = None,
+        on_tick: Callable[[], Any] = lambda: None,
+    ) -> bool:
+        """
+        Wait until ``test()`` holds.
+
+        Args:
+            test: Called under the lock, whenever something may have changed.
+            deadline: The ``time.monotonic`` instant at which to give up; None for never.
+            target: The future that the test is about, if it is about one.
+            arm: More descriptors whose readability is a reason to test again.
+            tick: Call ``on_tick`` after each so many seconds of fruitless waiting.
+
+        Returns:
+            What the last test said.
+        """
+        self.reap()
+        sleeper = _Sleeper(target, bool(arm))
+        leading = False
+        try:
+            while True:
+                with self.lock:
+                    if test():
+                        return True
+                    pause = _pause(deadline, tick)
+                    if pause is not None and pause <= 0:
+                        return False
+                    for fd in arm:
+                        self._arm(fd)
+                    leading = leading or not self._leading
+                    if leading:
+                        self._leading = True
+                    else:
+                        self._followers[sleeper] = None
+                poller = self._poller()
+                fruitless = self._lead(poller, pause) if leading else sleeper.sleep(pause)
+                if fruitless and tick is not None:
+                    on_tick()
+        finally:
+            with self.lock:
+                self._followers.pop(sleeper, None)
+                if leading:
+                    self._leading = False
+                if not self._leading:
+                    if self._followers:
+                        next(iter(self._followers)).wake()
+                    elif self.closed:
+                        self._release()
+
+    def _lead(self, poller: select.epoll, pause: Optional[float]) -> bool:
+        events = poller.poll(pause)
+        with self.lock:
+            self._handle(events)
+        return not events
+
+    def _handle(self, events: Sequence[tuple[int, int]]) -> bool:
+        settled = False
+        for fd, _mask in events:
+            flight = self._watched.get(fd)
+            if flight is None:
+                if fd == self._nudge:
+                    os.read(fd, 64)
+                else:
+                    self._armed.discard(fd)
+                    self.wake_seekers()
+                    settled = True
+                continue
+            if fd == flight.channel:
+                flight.on_channel()
+            elif fd == flight.pidfd:
+                flight.on_exit()
+                self._lingering -= flight.future is None
+            if flight.settled and flight.future is not None:
+                self._settle(flight.future, flight)
+                settled = True
+        if not self._watched:
+            _active.discard(self)
+            if self.closed:
+                self._release()
+        return settled
+
+    def _nudge_leader(self) -> None:
+        if self._leading:
+            if self._nudge < 0:
+                self._nudge = new_fifo(1)
+                self._poller().register(self._nudge, select.EPOLLIN)
+            with contextlib.suppress(BlockingIOError):  # full: the leader has yet to look
+                os.write(self._nudge, b"!")
+
+    def _settle(self, future: Future[Any], flight: Flight) -> None:
+        flight.future = None
+        self._lingering += not flight.exited
+        del self.running[future]
+        lease, flight.lease = flight.lease, None
+        if lease is not None:
+            self._slot_back(future, flight, lease)
+        death = flight.death() if flight.frame is None else None
+        future._outcome = Outcome(flight.frame, death)
+        flight.frame = None
+        if future._callbacks:
+            self.ready.append(future)
+        for sleeper in self._followers:
+            if sleeper.target is future:
+                sleeper.wake()
+
+    def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
+        own = own_slot()
+        if flight.frame is None:
+            # The worker may have lent its slot to a child that outlives it, and that shares the
+            # lock: so the token is not ours to move, it is put back if nobody holds it.
+            lease.abandon()
+            self.slots.sweep_berth(lease.berth)
+        elif flight.frame.flags & RETURNED:
+            lease.abandon()
+        elif own.lent and own.attach(self.slots) and self._wanted(future):
+            own.lease = lease
+            self.wake_seekers()
+        else:
+            lease.release()
+
+    def _wanted(self, future: Future[Any]) -> bool:
+        # Callbacks are this job's own work, for which it must hold a slot.
+        return bool(self.starving or future in self.claimed or future._callbacks)
+
+    def wake_seekers(self) -> None:
+        """Let every follower that seeks a slot test again."""
+        for sleeper in self._followers:
+            if sleeper.seeks:
+                sleeper.wake()
+
+    def _poller(self) -> select.epoll:
+        if self._epoll is None:
+            self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        return self._epoll
+
+    def _watch(self, fd: int, flight: Flight) -> None:
+        self._watched[fd] = flight
+        self._poller().register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        # Closing is not enough: a process that is just being forked may share the description.
+        del self._watched[fd]
+        self._poller().unregister(fd)
+
+    def _arm(self, fd: int) -> None:
+        # One shot: else a descriptor that stays readable, while the thread it concerns has yet to
+        # wake, would have the leader spin.
+        poller, mask = self._poller(), select.EPOLLIN | select.EPOLLONESHOT
+        if fd in self._armed:
+            return
+        try:
+            poller.modify(fd, mask)
+        except FileNotFoundError:
+            poller.register(fd, mask)
+        self._armed.add(fd)
+
+    def reap_lingering(self, seconds: float) -> None:
+        """Wait, not longer than ``seconds``, for the processes of finished jobs to be gone."""
+        self.wait(lambda: not self._lingering, time.monotonic() + seconds)
+
+    def close(self) -> None:
+        """Take no more work; let go of all descriptors once the last job in flight has ended."""
+        with self.lock:
+            self.closed = True
+            self._release()
+            self._nudge_leader()
+
+    def _release(self) -> None:
+        if self._leading or self._watched:
+            return
+        if self._nudge >= 0:
+            os.close(self._nudge)
+            self._nudge = -1
+        epoll, self._epoll = self._epoll, None
+        if epoll is not None:
+            epoll.close()
+        self._armed.clear()
+        self.slots.close()
+
+    def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
+        """Forget what the parent has in flight."""
+        epoll, self._epoll = self._epoll, None
+        if epoll is not None:
+            epoll.close()
+        for flight in set(self._watched.values()):
+            flight.forget()
+        for future in self.running:
+            future._foreign = True
+        if self._nudge >= 0:
+            os.close(self._nudge)
+            self._nudge = -1
+        self.lock = threading.Lock()
+        self.ready = deque()
+        self.claimed = set()
+        self.starving = 0
+        self.running = {}
+        self._watched = {}
+        self._armed = set()
+        self._lingering = 0
+        self._leading = False
+        self._followers = {}
+        _active.discard(self)
+
+
+class _Sleeper:
+    """One waiting thread that does not poll."""
+
+    __slots__ = ("_lock", "seeks", "target")
+
+    def __init__(self, target: Optional[Future[Any]], seeks: bool) -> None:
+        self.target = target
+        self.seeks = seeks
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def sleep(self, pause: Optional[float]) -> bool:
+        """Sleep until woken; True when the pause was over first."""
+        return not self._lock.acquire(timeout=-1 if pause is None else pause)
+
+    def wake(self) -> None:
+        """Wake the thread, now or when it next sleeps."""
+        if self._lock.locked():
+            self._lock.release()
+
+
+def _pause(deadline: Optional[float], tick: Optional[float]) -> Optional[float]:
+    if deadline is None:
+        return tick
+    remaining = deadline - time.monotonic()
+    return remaining if tick is None else min(remaining, tick)
+
+
+def active_reactors() -> list[Reactor]:
+    """Return the reactors that have something in flight."""
+    return list(_active)

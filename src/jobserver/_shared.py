@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""What all handles on one pool share in one process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import warnings
+import weakref
+from multiprocessing.context import BaseContext
+from typing import Any, Optional, Union
+
+from . import _forking
+from ._admission import Admission
+from ._callbacks import issuing
+from ._check import check_slots
+from ._errors import CallbackRaised
+from ._flight import Started
+from ._future import Future
+from ._launch import Launcher, launcher_for
+from ._launch._seat import Seat, seat_for
+from ._reactor import Reactor, active_reactors
+from ._slots._lease import Lease
+from ._slots._own import own_slot
+from ._slots._pool import SlotPool
+from ._worker._task import Task
+
+# How long closing waits for processes that have answered to be gone: they end by themselves.
+_LINGER = 5.0
+
+Context = Union[None, str, BaseContext]
+
+_by_key: weakref.WeakValueDictionary[tuple[int, int], Shared] = weakref.WeakValueDictionary()
+
+
+class Shared:
+    """Slots, what is in flight on them, and how to start more; one for each pool and process."""
+
+    def __init__(self, slots: SlotPool, context: BaseContext) -> None:
+        self.slots = slots
+        self.context = context
+        self.method: str = context.get_start_method()
+        self.launcher: Launcher = launcher_for(self.method)
+        self.reactor = Reactor(slots)
+        self.admission = Admission(self.reactor)
+        self._canary: Optional[weakref.ref[Canary]] = None
+        self._entered = 0
+        self._lock = threading.Lock()
+        _by_key[slots.key] = self
+        _forking.track(self)
+
+    @classmethod
+    def create(cls, context: Context, slots: Optional[int]) -> Shared:
+        """Make a pool of its own."""
+        found = resolve_context(context)
+        count = default_slots() if slots is None else check_slots(slots)
+        for reactor in active_reactors():
+            reactor.reap()  # also those that nobody will ask any more
+        return cls(SlotPool.create(count), found)
+
+    @property
+    def closed(self) -> bool:
+        """Whether work is refused."""
+        return self.reactor.closed
+
+    def canary(self) -> Canary:
+        """Return the object whose end is that of the last handle."""
+        canary = None if self._canary is None else self._canary()
+        if canary is None:
+            canary = Canary(self)
+            self._canary = weakref.ref(canary)
+        return canary
+
+    def refuse_closed(self) -> None:
+        """Raise RuntimeError if closed."""
+        if self.closed:
+            raise RuntimeError("Jobserver is closed")
+
+    def enter(self) -> None:
+        """Open a with-block."""
+        with self._lock:
+            self.refuse_closed()
+            self._entered += 1
+
+    def exit(self) -> None:
+        """Leave a with-block; the last one reaps, drains the callbacks and closes."""
+        with self._lock:
+            last = self._entered == 1
+            self._entered = max(0, self._entered - 1)
+        if last:
+            self.drain_callbacks()
+            self.reactor.reap_lingering(_LINGER)
+            self.reactor.close()
+
+    def drain_callbacks(self) -> None:
+        """Reap without waiting, and issue all callbacks; errors in them become warnings."""
+        while True:
+            try:
+                self.admission.reap()
+            except CallbackRaised as raised:
+                warnings.warn(
+                    f"suppressed {raised!r} from {raised.__cause__!r}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                continue
+            if not self.reactor.ready or issuing():
+                return
+
+    def start(self, task: Task, lease: Optional[Lease], *, lends: bool) -> Future[Any]:
+        """Launch a worker on ``lease``, which goes back where it came from if that fails."""
+        lent = lease is not None and own_slot().lent
+        try:
+            prepared = self.launcher.prepare(task)
+            seat = seat_for(self.slots, lease, own_slot())
+            with _forking.launch_lock():
+                started = self.launcher.launch(prepared, seat)
+            future = self._track(prepared, seat, started, lease, lends=lends)
+        except BaseException:
+            if lease is not None:
+                self.admission.give_back(lease)
+            raise
+        if lent:
+            self.admission.regain()
+        return future
+
+    def _track(
+        self, prepared: Any, seat: Seat, started: Started, lease: Optional[Lease], *, lends: bool
+    ) -> Future[Any]:
+        future: Future[Any] = Future(self.admission, lends=lends)
+        try:
+            self.launcher.deliver(prepared, seat, started)
+            self.reactor.add(future, started, lease)
+        except BaseException:
+            started.kill()
+            raise
+        finally:
+            _forking.pending.discard(started.channel)
+        return future
+
+    def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
+        """The parent's with-blocks are the parent's."""
+        self._entered = 0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Jobserver({self.method!r}, tracked={len(self.reactor.running)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if multiprocessing.context.get_spawning_popen() is None:
+            raise TypeError(
+                "a Jobserver can be pickled only as an argument of a job (or of a"
+                " multiprocessing.Process): its slots are open descriptors of this process"
+            )
+        return _rebuild, (self.slots, self.method, self.slots.key, self.closed)
+
+
+class Canary:
+    """Held by each handle on a pool and by nothing else, so it ends with the last of them."""
+
+    __slots__ = ("__weakref__", "shared")
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def __del__(self) -> None:
+        reactor = self.shared.reactor
+        if reactor.running and not reactor.closed:
+            count = len(reactor.running)
+            warnings.warn(
+                f"Finalizing {self.shared!r} with {count} running Future{'s' * (count > 1)}",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+
+def _rebuild(
+    slots: SlotPool, method: str, key: tuple[int, int], closed: bool  # noqa: FBT001
+) -> Shared:
+    shared = _by_key.get(key)
+    if shared is None:
+        shared = Shared(slots, resolve_context(method))
+        own_slot().attach(slots)
+    if closed:
+        shared.reactor.close()
+    return shared
+
+
+def resolve_context(context: Context) -> BaseContext:
+    """Return the multiprocessing context meant; without fixing the default as a side effect."""
+    if isinstance(context, BaseContext):
+        return context
+    if context is not None and not isinstance(context, str):
+        raise TypeError(
+            "context must be None, 'fork', 'spawn', 'forkserver' or a multiprocessing context,"
+            f" not {type(context).__name__}"
+        )
+    known = multiprocessing.get_all_start_methods()
+    if context is None:
+        chosen = multiprocessing.get_start_method(allow_none=True)
+        context = known[0] if chosen is None else chosen
+    if context not in known:
+        raise ValueError(f"context must be one of {', '.join(known)}, not {context!r}")
+    return multiprocessing.get_context(context)
+
+
+def default_slots() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+The slot that this very process runs on, if it is a job.
+
+Guarantees:
+
+* A job holds one token, or has lent it and is inside a call of ours until it holds one again.
+* The token a job ends with need not be the one it began with; when it differs the job returns its
+  own and says so in its answer (the RETURNED flag), and its submitter leaves the first one alone.
+
+A job that holds no slot (``consume=0``) has none to lend. So that it cannot starve below a parent
+that waits for it while holding one, it rings its parent's *bell*: a FIFO with one byte in it for
+each job that is blocked without a slot. A parent that is waiting without a timeout hears the bell
+and puts its token into the pool for as long as it waits. Bytes on the bell are hints, not tokens:
+one too many (its ringer was killed) costs a needless lending, and never more.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Optional
+
+from jobserver import _forking
+
+from ._lease import Lease
+from ._pool import SlotPool, new_fifo
+from ._splice import waiting_bytes
+
+if TYPE_CHECKING:
+    PoolKey = tuple[int, int]
+
+
+class OwnSlot:
+    """
+    What a job runs on; guarded by the lock of the reactor of the same pool.
+
+    Args:
+        key: Which pool the slot, or the bell, belongs to; None for a process that is no job.
+        fd: The descriptor of the lease, -1 for none.
+        berth: The berth of the lease.
+        bell: The FIFO to ring when blocked without a slot, -1 for none.
+    """
+
+    def __init__(
+        self, key: Optional[PoolKey] = None, fd: int = -1, berth: int = -1, bell: int = -1
+    ) -> None:
+        self._key = key
+        self._fd = fd
+        self._berth = berth
+        self._outer_bell = bell
+        self._inner_bell = -1
+        self._first: Optional[Lease] = None
+        self.lease: Optional[Lease] = None
+
+    def attach(self, pool: SlotPool) -> bool:
+        """Say whether this process runs on a slot of ``pool``; from then on the slot can be lent."""
+        if self._key != pool.key:
+            return False
+        if self._first is None and self._fd >= 0:
+            self._first = self.lease = pool.adopt(self._fd, self._berth)
+        return True
+
+    @property
+    def consumes(self) -> bool:
+        """Whether the job came with a slot (and so must hold one to go on)."""
+        return self._first is not None
+
+    @property
+    def lent(self) -> bool:
+        """Whether the job came with a slot and does not hold one now."""
+        return self._first is not None and self.lease is None
+
+    def lend(self) -> Optional[Lease]:
+        """Give the lease away."""
+        lease, self.lease = self.lease, None
+        return lease
+
+    def returned(self) -> bool:
+        """At the end of the job: return a slot that is not the first one, and say whether so."""
+        if self._first is None or self.lease is self._first:
+            return False
+        if self.lease is not None:
+            self.lease.release()
+        return True
+
+    def bell_for_child(self) -> int:
+        """Return the bell that a job without a slot is to ring, -1 for none."""
+        if not self.consumes:
+            return self._outer_bell
+        if self._inner_bell < 0:
+            self._inner_bell = new_fifo(1)
+        return self._inner_bell
+
+    def bell(self) -> int:
+        """Return the descriptor that is readable while the bell rings for this job, -1 for none."""
+        return self._inner_bell
+
+    def heard(self) -> bool:
+        """Say whether somebody below is blocked without a slot."""
+        return self._inner_bell >= 0 and waiting_bytes(self._inner_bell) > 0
+
+    def ring(self) -> bool:
+        """Tell whoever waits above that this process is blocked without a slot."""
+        if self._outer_bell < 0 or self.consumes:
+            return False
+        try:
+            os.write(self._outer_bell, b"!")
+        except BlockingIOError:
+            return False
+        return True
+
+    def hush(self) -> None:
+        """Take back what ``ring`` left."""
+        try:
+            os.read(self._outer_bell, 1)
+        except BlockingIOError:
+            pass
+
+
+_own = OwnSlot()
+
+
+def own_slot() -> OwnSlot:
+    """Return what this process runs on."""
+    return _own
+
+
+def run_on(slot: OwnSlot) -> None:
+    """In a new worker: state what it runs on."""
+    global _own  # noqa: PLW0603
+    _own = slot
+
+
+class _ForgetInChild:
+    """A process that is merely forked from a job is not that job, and holds no slot."""
+
+    def after_fork_in_child(self, passed: frozenset[int]) -> None:
+        slot = _own
+        run_on(OwnSlot())
+        for fd in (slot._outer_bell, slot._inner_bell, slot._fd):
+            # A lease in use was closed by its pool; then this number is closed, or not ours.
+            attached = fd == slot._fd and slot._first is not None
+            if fd >= 0 and fd not in passed and not attached:
+                os.close(fd)
+
+
+_forget = _ForgetInChild()
+_forking.track(_forget)

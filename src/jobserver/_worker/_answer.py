@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Turn what a job did into a frame, whatever it did."""
+
+from __future__ import annotations
+
+import traceback
+from types import TracebackType
+from typing import Any, Callable, NamedTuple, Optional
+
+from jobserver._wire import DIED, RAISED, RESULT, Buffer, dump
+
+
+class Answer(NamedTuple):
+    """What goes onto the channel; ``exitcode`` is also that of the worker process."""
+
+    kind: int
+    text: str
+    payload: list[Buffer]
+    exitcode: int = 0
+
+
+def answer_of(call: Callable[[], Any]) -> Answer:
+    """Call, and pickle what comes of it at once, as what follows may change the object."""
+    try:
+        value = call()
+    except Exception as error:  # noqa: BLE001  # it is the user's, and goes to the caller
+        return _raised(error, _text_of(error))
+    except BaseException as error:  # noqa: BLE001
+        return _died(error)
+    try:
+        return Answer(RESULT, "", dump(value))
+    except Exception as error:  # noqa: BLE001
+        return _unpicklable(f"the result of the job, a {_name(value)},", error, _text_of(error))
+    except BaseException as error:  # noqa: BLE001
+        return _died(error)
+
+
+def failure(error: Exception) -> Answer:
+    """Return the answer for a failure of ours to get as far as calling fn."""
+    return _raised(error, _text_of(error))
+
+
+def _raised(error: Exception, text: str) -> Answer:
+    try:
+        return Answer(RAISED, text, dump(error))
+    except Exception as why:  # noqa: BLE001
+        return _unpicklable(f"the exception of the job, a {_name(error)},", why, text)
+    except BaseException as why:  # noqa: BLE001
+        return _died(why)
+
+
+def _unpicklable(what: str, why: Exception, text: str) -> Answer:
+    return Answer(RAISED, text, dump(RuntimeError(f"{what} could not be pickled: {why!r}")))
+
+
+def _died(error: BaseException) -> Answer:
+    exitcode = 1
+    if isinstance(error, SystemExit):
+        # As the interpreter itself takes it.
+        exitcode = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+        exitcode &= 0xFF
+    try:
+        payload = dump(error)
+    except BaseException:  # noqa: BLE001
+        payload = dump(SystemExit(_name(error)))
+    return Answer(DIED, _text_of(error), payload, exitcode)
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, _users(error.__traceback__)))
+    except Exception as why:  # noqa: BLE001  # a __str__ or __repr__ of the user's
+        return f"{_name(error)} (its traceback cannot be shown: {type(why).__name__})\n"
+
+
+def _users(tb: Optional[TracebackType]) -> Optional[TracebackType]:
+    """Skip our own frames at the top of a traceback."""
+    first = tb
+    while tb is not None and tb.tb_frame.f_globals.get("__name__", "").startswith("jobserver."):
+        tb = tb.tb_next
+    return first if tb is None else tb
+
+
+def _name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""A worker that gets its job over its channel, from a process it was not forked from."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from multiprocessing import process, resource_tracker, spawn
+from typing import Any, NoReturn, Optional
+
+from jobserver._fds import receive_fds
+from jobserver._slots._own import OwnSlot, run_on
+from jobserver._wire import Frame, FrameReader
+
+from . import _inherit
+from ._main import work
+from ._process import NAME, become_worker
+from ._task import Task
+
+
+def main(channel: int) -> NoReturn:
+    """Entry point of a spawned worker."""
+    os.set_inheritable(channel, False)
+    serve(channel, None, None)
+
+
+def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) -> NoReturn:
+    """
+    Receive one job and run it.
+
+    Args:
+        channel: A blocking stream socket.
+        told: What the zygote knew; None without a zygote.
+        failure: Why the zygote could not import the main module, if so.
+    """
+    sock = socket.socket(fileno=channel)
+    try:
+        fds = receive_fds(sock)
+        frame = _receive_frame(channel)
+    except (EOFError, ConnectionResetError):
+        os._exit(1)  # whoever wanted a job done is gone
+    sock.detach()
+    changed = pickle.loads(frame.segments[0])  # noqa: S301
+    become_worker(changed["parent_pid"], forked=told is not None)
+    tracker: Any = resource_tracker
+    tracker._resource_tracker._fd = fds.pop(0)
+    key, has_lease, berth, has_bell = changed["seat"]
+    lease = fds.pop(0) if has_lease else -1
+    bell = fds.pop(0) if has_bell else -1
+    run_on(OwnSlot(key, lease, berth, bell))
+    _inherit.hold(fds)
+
+    def call() -> Any:
+        if failure is not None:
+            raise RuntimeError(f"the main module could not be imported:\n{failure}")
+        _prepare(changed, told or {})
+        return _load(frame).run()
+
+    work(call, channel)
+
+
+def _receive_frame(channel: int) -> Frame:
+    reader = FrameReader()
+    frame = None
+    while frame is None:
+        frame = reader.feed(channel)
+    return frame
+
+
+def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
+    """Make this process like the one that has submitted the job."""
+    if "environ" in changed:
+        os.environ.clear()
+        os.environ.update(changed["environ"])
+    state: Any = process.current_process()
+    state._inheriting = True
+    try:
+        # A zygote that could not import main for its threads leaves that to us.
+        main = {key: value for key, value in told.items() if key.startswith("init_main")}
+        spawn.prepare({**changed, **main, "name": NAME})  # type: ignore[attr-defined, unused-ignore]
+    except Exception as error:
+        raise RuntimeError(f"the worker could not be prepared: {error}") from error
+    finally:
+        del state._inheriting
+
+
+def _load(frame: Frame) -> Task:
+    try:
+        return Task(*frame.load())
+    except Exception as error:
+        raise RuntimeError(f"the job could not be unpickled in the worker: {error!r}") from error

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""A job as the worker gets it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Callable, NamedTuple, Optional
+
+
+class Task(NamedTuple):
+    """One call, and what is to be done before it."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    env: dict[str, Optional[str]]
+    preexec_fn: Optional[Callable[[], Any]]
+
+    def run(self) -> Any:
+        """Apply env and preexec_fn, then call fn."""
+        for name, value in self.env.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        manager = None if self.preexec_fn is None else self.preexec_fn()
+        if manager is None:
+            return self.fn(*self.args, **self.kwargs)
+        # A manager may suppress fn's exception; then the result is None.
+        result = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(manager)
+            result = self.fn(*self.args, **self.kwargs)
+        return result

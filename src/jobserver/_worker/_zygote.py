@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+The zygote: imports the main module once, then forks workers on request.
+
+Guarantees:
+
+* One thread. It blocks in one epoll on: the pipe from its owner (end-of-file ends it), the door
+  (new clients), its clients, and the pidfds of its workers.
+* A worker's pidfd is on its way to the client before the worker can be reaped.
+* A client that is slow to read holds up nobody: what cannot be sent now is queued for it.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections import deque
+from contextlib import suppress
+from multiprocessing import process, spawn, util
+from typing import Any, NoReturn, Optional
+
+# All that a worker needs is imported here, once, so that no worker has to.
+from jobserver import _jobserver  # noqa: F401
+from jobserver._fds import fds_of
+from jobserver._launch._zygote import inherit_door
+from jobserver._reactor import active_reactors  # noqa: F401
+
+from ._protocol import (
+    EXITED,
+    FAILED,
+    FORK,
+    LAUNCHED,
+    MESSAGE,
+    PING,
+    QUERY,
+    READY,
+    THREADED,
+)
+from ._remote import serve
+
+_LENGTH = struct.Struct("<Q")
+
+
+def main(server: int, door: int, alive: int) -> NoReturn:
+    """Serve until the owner is gone."""
+    for fd in (server, door, alive):
+        os.set_inheritable(fd, False)
+    # Ctrl-C is for the program; workers get their own handler back.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = pickle.loads(_read_exactly(alive, _LENGTH.unpack(_read_exactly(alive, 8))[0]))  # noqa: S301
+    failure = _prepare(told)
+    threaded = len(sys._current_frames()) > 1
+    hooks: Any = util
+    hooks._close_stdin()
+    gc.collect()
+    gc.freeze()
+    _Zygote(server, door, alive, failure, told, threaded=threaded).serve()
+    os._exit(0)
+
+
+def _read_exactly(fd: int, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = os.read(fd, count - len(data))
+        if not piece:
+            os._exit(0)  # the owner is gone
+        data += piece
+    return data
+
+
+def _prepare(told: dict[str, Any]) -> Optional[str]:
+    """Import what workers will need; returns why importing the main module has failed."""
+    os.environ.clear()
+    os.environ.update(told["environ"])
+    import_main = told.pop("import_main")
+    main = {key: told.pop(key) for key in list(told) if key.startswith("init_main")}
+    state: Any = process.current_process()
+    state._inheriting = True
+    try:
+        spawn.prepare(told)  # type: ignore[attr-defined, unused-ignore]
+        for name in told["preload"]:
+            with suppress(ImportError):
+                importlib.import_module(name)
+        if import_main:
+            spawn.prepare(main)  # type: ignore[attr-defined, unused-ignore]
+        else:
+            told.update(main)
+    except BaseException:  # noqa: BLE001  # SystemExit from an unguarded main, too
+        return traceback.format_exc()
+    finally:
+        del state._inheriting
+    return None
+
+
+class _Child:
+    """A worker that has not been reaped yet."""
+
+    def __init__(self, pid: int, pidfd: int, number: int, client: _Client) -> None:
+        self.pid, self.pidfd, self.number, self.client = pid, pidfd, number, client
+        self.queried = False
+
+
+class _Client:
+    """A process that submits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.unsent: deque[tuple[bytes, int]] = deque()
+        self.children: dict[int, _Child] = {}
+        self.gone = False
+
+    def send(self, kind: int, number: int, value: int, fd: int = -1) -> None:
+        """Send a message, now or as soon as there is room."""
+        self.unsent.append((MESSAGE.pack(kind, number, value), -1 if fd < 0 else os.dup(fd)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what there is room for."""
+        while self.unsent:
+            data, fd = self.unsent[0]
+            ancillary = []
+            if fd >= 0:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            try:
+                if not self.gone:
+                    flags = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+                    self.sock.sendmsg([data], ancillary, flags)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.gone = True
+            self.unsent.popleft()
+            if fd >= 0:
+                os.close(fd)
+
+
+class _Zygote:
+    def __init__(
+        self,
+        server: int,
+        door: int,
+        alive: int,
+        failure: Optional[str],
+        told: dict[str, Any],
+        *,
+        threaded: bool,
+    ) -> None:
+        self._server = socket.socket(fileno=server)
+        self._door = door
+        self._alive = alive
+        self._failure = failure
+        self._told = told
+        self._threaded = threaded
+        self._clients: dict[int, _Client] = {}
+        self._children: dict[int, _Child] = {}
+        self._epoll = select.epoll()
+        for fd in (server, alive):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def serve(self) -> None:
+        """Handle events until the owner is gone."""
+        while True:
+            for fd, mask in self._epoll.poll():
+                if fd == self._alive:
+                    return
+                if fd == self._server.fileno():
+                    self._admit()
+                elif fd in self._children:
+                    self._reap(self._children.pop(fd))
+                elif fd in self._clients:
+                    self._attend(self._clients[fd], mask)
+
+    def _admit(self) -> None:
+        _data, ancillary, _flags, _address = self._server.recvmsg(1, socket.CMSG_SPACE(4))
+        for fd in fds_of(ancillary):
+            self._clients[fd] = _Client(socket.socket(fileno=fd))
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def _attend(self, client: _Client, mask: int) -> None:
+        client.flush()
+        if mask & ~select.EPOLLOUT:
+            data, ancillary, _flags, _address = client.sock.recvmsg(
+                MESSAGE.size, socket.CMSG_SPACE(4)
+            )
+            fds = fds_of(ancillary)
+            if not data:
+                self._dismiss(client)
+                return
+            kind, number, _value = MESSAGE.unpack(data)
+            if kind == PING:
+                client.send(THREADED if self._threaded else READY, number, 0)
+            elif kind == FORK:
+                self._fork(client, number, fds[0])
+            elif kind == QUERY:
+                self._tell_exit(client, number)
+        wanted = select.EPOLLIN | (select.EPOLLOUT if client.unsent else 0)
+        self._epoll.modify(client.sock.fileno(), wanted)
+
+    def _dismiss(self, client: _Client) -> None:
+        client.gone = True
+        client.flush()
+        fd = client.sock.fileno()
+        self._epoll.unregister(fd)
+        del self._clients[fd]
+        client.sock.close()
+
+    def _fork(self, client: _Client, number: int, channel: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(channel)
+            client.send(FAILED, number, error.errno or 0)
+            return
+        if pid == 0:
+            self._become_worker(channel)
+        os.close(channel)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            client.send(FAILED, number, error.errno or 0)
+            return
+        child = _Child(pid, pidfd, number, client)
+        client.children[number] = self._children[pidfd] = child
+        self._epoll.register(pidfd, select.EPOLLIN)
+        client.send(LAUNCHED, number, pid, pidfd)
+        self._rearm(client)
+
+    def _become_worker(self, channel: int) -> NoReturn:
+        try:
+            self._epoll.close()
+            self._server.close()
+            os.close(self._alive)
+            for client in self._clients.values():
+                client.sock.close()
+            for fd in self._children:
+                os.close(fd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            inherit_door(self._door, self._told)
+            serve(channel, self._told, self._failure)
+        except BaseException:  # noqa: BLE001
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(1)
+
+    def _reap(self, child: _Child) -> None:
+        self._epoll.unregister(child.pidfd)
+        os.close(child.pidfd)
+        _pid, status = os.waitpid(child.pid, 0)
+        client = child.client
+        del client.children[child.number]
+        exitcode = os.waitstatus_to_exitcode(status)
+        if exitcode or child.queried:
+            client.send(EXITED, child.number, exitcode)
+            self._rearm(client)
+
+    def _tell_exit(self, client: _Client, number: int) -> None:
+        child = client.children.get(number)
+        if child is None:
+            # Reaped; had it not been 0, the message would be on its way already.
+            client.send(EXITED, number, 0)
+        else:
+            child.queried = True
+
+    def _rearm(self, client: _Client) -> None:
+        if client.unsent and not client.gone:
+            self._epoll.modify(client.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
