@@ -8,7 +8,8 @@ Guarantees:
 * Whoever opens descriptors that a forked child must not keep does so, and notes them in a tracked
   object, under ``launch_lock``. The lock is taken around every fork, also the user's own, so a
   child never inherits a descriptor that is nowhere noted: end-of-file on a channel means death.
-* In the child each tracked object closes what is the parent's alone, and forgets it.
+* In the child each tracked object closes what is the parent's alone, and forgets it. Before any of
+  them the epoch changes, which makes inert whatever acts on descriptors when it is finalized.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class _State:
         self.lock = threading.RLock()
         self.tracked: weakref.WeakSet[Any] = weakref.WeakSet()
         self.passed: frozenset[int] = frozenset()
+        self.epoch = 0
 
 
 _state = _State()
@@ -38,6 +40,11 @@ _state = _State()
 def launch_lock() -> threading.RLock:  # type: ignore[valid-type, unused-ignore]
     """Return the lock that is held while a worker is launched, and around every fork."""
     return _state.lock
+
+
+def epoch() -> int:
+    """Return a number that differs between a process and those forked from it."""
+    return _state.epoch
 
 
 def track(thing: _Tracked) -> None:
@@ -86,6 +93,7 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
+    _state.epoch += 1
     tracked, passed = list(_state.tracked), _state.passed
     # The lock was held by the forking thread, which is this one under a new identity.
     _state.lock = threading.RLock()

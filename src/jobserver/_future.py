@@ -114,7 +114,7 @@ class Future(Generic[T]):
         Future is not passed unless it is among the arguments.
 
         Returns:
-            The number of this registration: 0, 1, ...
+            The number of this registration, counted from 0.
 
         Raises:
             CallbackRaised: The Future was done already, and fn has failed.

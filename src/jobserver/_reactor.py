@@ -149,7 +149,8 @@ class Reactor:
             flight = self._watched.get(fd)
             if flight is None:
                 if fd == self._nudge:
-                    os.read(fd, 64)
+                    with contextlib.suppress(BlockingIOError):  # another thread was faster
+                        os.read(fd, 64)
                 else:
                     self._armed.discard(fd)
                     self.wake_seekers()

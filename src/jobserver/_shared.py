@@ -16,6 +16,7 @@ from . import _forking
 from ._admission import Admission
 from ._callbacks import issuing
 from ._check import check_slots
+from ._ending import warn_suppressed
 from ._errors import CallbackRaised
 from ._flight import Started
 from ._future import Future
@@ -100,11 +101,7 @@ class Shared:
             try:
                 self.admission.reap()
             except CallbackRaised as raised:
-                warnings.warn(
-                    f"suppressed {raised!r} from {raised.__cause__!r}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                warn_suppressed(raised)
                 continue
             if not self.reactor.ready or issuing():
                 return

@@ -16,6 +16,8 @@ Guarantees:
 from __future__ import annotations
 
 import array
+import atexit
+import contextlib
 import itertools
 import os
 import pickle
@@ -188,10 +190,9 @@ class ZygoteClient:
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
-            try:
-                status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-            except ChildProcessError:
-                status = None
+            if self._pid > 0:
+                with contextlib.suppress(ChildProcessError):
+                    status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         return status
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
@@ -206,7 +207,14 @@ class ZygoteClient:
             self._alive = -1
 
 
+    def end(self) -> None:
+        """At the end of this process: let the zygote end, too."""
+        self._pid = -1
+        self._forget()
+
+
 _client = ZygoteClient(None, {})
+atexit.register(lambda: _client.end())
 
 
 def client() -> ZygoteClient:

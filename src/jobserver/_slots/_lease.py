@@ -18,6 +18,8 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
+from jobserver._forking import epoch
+
 from ._splice import move_byte
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class Lease:
     def __init__(self, pool: SlotPool, fd: int, berth: int) -> None:
         self.pool = pool
         self._fd = fd
-        self._epoch = pool.epoch
+        self._epoch = epoch()
         self.berth = berth
         pool.held_fds.add(fd)
 
@@ -63,7 +65,7 @@ class Lease:
         """Return the descriptor if it is still this object's to close, else -1."""
         fd, self._fd = self._fd, -1
         # After a fork the pool has closed what only the parent holds; the number may be reused.
-        if fd < 0 or self._epoch != self.pool.epoch:
+        if fd < 0 or self._epoch != epoch():
             return -1
         self.pool.held_fds.discard(fd)
         return fd
@@ -71,7 +73,11 @@ class Lease:
     def __del__(self) -> None:
         # Only an exception at an unlucky instant (Ctrl-C between two bytecodes) leads here with a
         # descriptor still open; the token must not be lost with it.
-        if self._fd >= 0:
+        if self._fd < 0:
+            return
+        if self.pool.closed:
+            self.abandon()
+        else:
             self.release()
 
 

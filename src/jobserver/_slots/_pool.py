@@ -46,7 +46,6 @@ class SlotPool:
     def __init__(self, slots: int, pool_fd: int, berths: list[int]) -> None:
         self.slots = slots
         self.held_fds: set[int] = set()
-        self.epoch = 0
         self._pool_fd = pool_fd
         self._berths = berths
         self._hint = 0
@@ -134,7 +133,10 @@ class SlotPool:
                 # The ring of a very large pool (over 256 slots, unprivileged) is full of pages of
                 # one byte each. Written bytes share a page, at the price of an instant in which
                 # SIGKILL loses this token.
-                token = os.read(fd, 1)
+                try:
+                    token = os.read(fd, 1)
+                except BlockingIOError:
+                    return False
                 _write_all(self._pool_fd, token)
                 return True
         return False
@@ -145,10 +147,14 @@ class SlotPool:
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
         """Close the leases that only the parent holds; its Lease objects become inert here."""
-        self.epoch += 1
         fds, self.held_fds = self.held_fds, set()
         for fd in fds - passed:
             os.close(fd)
+
+    @property
+    def closed(self) -> bool:
+        """Whether this process has let go of the pool."""
+        return self._pool_fd < 0
 
     def close(self) -> None:
         """Close this process's descriptors. Leases already taken can no longer be released."""

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from typing import Any, Callable, NoReturn
 
-from jobserver._errors import CallbackRaised
 from jobserver._slots._own import own_slot
 from jobserver._wire import DIED, RETURNED, encode, send
 
@@ -39,7 +37,9 @@ def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
     exitcode = 1
     try:
         try:
-            finish_jobs()
+            jobs = sys.modules.get("jobserver._ending")
+            if jobs is not None:
+                jobs.finish_jobs()
             finish_process()
         except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
             answer = answer_of(_raiser(error))
@@ -58,30 +58,6 @@ def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
         exitcode = exitcode or 1
     finally:
         os._exit(exitcode)
-
-
-def finish_jobs() -> None:
-    """Wait for the jobs that this job has submitted, and issue their callbacks."""
-    reactors = sys.modules.get("jobserver._reactor")
-    if reactors is None:
-        return
-    from jobserver._admission import Admission
-
-    for reactor in reactors.active_reactors():
-        admission = Admission(reactor)
-        while True:
-            try:
-                admission.wait_for_all()
-                break
-            except CallbackRaised as raised:
-                warn_suppressed(raised)
-
-
-def warn_suppressed(raised: CallbackRaised) -> None:
-    """Tell of a callback's error that can be raised nowhere any more."""
-    warnings.warn(
-        f"suppressed {raised!r} from {raised.__cause__!r}", RuntimeWarning, stacklevel=3
-    )
 
 
 def _raiser(error: BaseException):  # type: ignore[no-untyped-def]

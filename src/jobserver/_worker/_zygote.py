@@ -65,7 +65,6 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     gc.collect()
     gc.freeze()
     _Zygote(server, door, alive, failure, told, threaded=threaded).serve()
-    os._exit(0)
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -167,12 +166,12 @@ class _Zygote:
         for fd in (server, alive):
             self._epoll.register(fd, select.EPOLLIN)
 
-    def serve(self) -> None:
+    def serve(self) -> NoReturn:
         """Handle events until the owner is gone."""
         while True:
             for fd, mask in self._epoll.poll():
                 if fd == self._alive:
-                    return
+                    os._exit(0)
                 if fd == self._server.fileno():
                     self._admit()
                 elif fd in self._children:
@@ -189,10 +188,12 @@ class _Zygote:
     def _attend(self, client: _Client, mask: int) -> None:
         client.flush()
         if mask & ~select.EPOLLOUT:
-            data, ancillary, _flags, _address = client.sock.recvmsg(
-                MESSAGE.size, socket.CMSG_SPACE(4)
-            )
-            fds = fds_of(ancillary)
+            data, fds = b"", []
+            with suppress(ConnectionResetError):  # gone, with replies unread
+                data, ancillary, _flags, _address = client.sock.recvmsg(
+                    MESSAGE.size, socket.CMSG_SPACE(4)
+                )
+                fds = fds_of(ancillary)
             if not data:
                 self._dismiss(client)
                 return

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+The end of a process that has jobs in flight: it waits for them, as for its threads.
+
+Registered for the end of the main program, and called by workers before they answer: a slot must
+be returned by whoever has taken it, and callbacks are never silently dropped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import warnings
+
+from ._admission import Admission
+from ._errors import CallbackRaised
+from ._reactor import active_reactors
+
+
+@atexit.register
+def finish_jobs() -> None:
+    """Wait for all jobs that this process has submitted, and issue their callbacks."""
+    for reactor in active_reactors():
+        admission = Admission(reactor)
+        while True:
+            try:
+                admission.wait_for_all()
+                break
+            except CallbackRaised as raised:
+                warn_suppressed(raised)
+
+
+def warn_suppressed(raised: CallbackRaised) -> None:
+    """Tell of a callback's error that can be raised nowhere any more."""
+    warnings.warn(
+        f"suppressed {raised!r} from {raised.__cause__!r}", RuntimeWarning, stacklevel=4
+    )
