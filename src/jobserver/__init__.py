@@ -9,6 +9,7 @@ submit more on the same slots, at any depth. ``JobserverExecutor`` is the same a
 """
 
 from ._errors import Blocked, CallbackRaised, SubmissionDied
+from ._executor import JobserverExecutor
 from ._future import Future
 from ._jobserver import Jobserver
 from ._version import __version__
@@ -18,6 +19,7 @@ __all__ = (
     "CallbackRaised",
     "Future",
     "Jobserver",
+    "JobserverExecutor",
     "SubmissionDied",
     "__version__",
 )

@@ -37,6 +37,7 @@ class Future(Generic[T]):
         "_outcome",
         "_reactor",
         "_seqno",
+        "_sink",
     )
 
     def __init__(self, admission: Admission, *, lends: bool) -> None:
@@ -49,6 +50,7 @@ class Future(Generic[T]):
         ] = deque()
         self._seqno = 0
         self._issuing = False
+        self._sink: Optional[deque[Any]] = None  # an executor's, told when this is done
         self._foreign = False  # in flight in the process that this one was forked from
 
     def done(self, timeout: Optional[float] = 0) -> bool:
@@ -136,6 +138,10 @@ class Future(Generic[T]):
             flight = self._reactor.running.get(self)
             if flight is not None:
                 flight.send_signal(number)
+
+    def _died(self) -> bool:
+        """Whether the worker itself has died, rather than raised a SubmissionDied that it got."""
+        return self._outcome is not None and self._outcome.died
 
     def _refuse_foreign(self) -> None:
         if self._foreign and self._outcome is None:

@@ -30,11 +30,12 @@ class Outcome:
     the code of the pickled classes, which must not hold up other Futures.
     """
 
-    __slots__ = ("_error", "_frame", "_lock", "_value")
+    __slots__ = ("_error", "_frame", "_lock", "_value", "died")
 
     def __init__(self, frame: Optional[Frame], death: Optional[SubmissionDied]) -> None:
         self._lock = threading.RLock()
         self._frame = frame
+        self.died = frame is None or frame.kind == DIED
         self._value: Any = None
         self._error: Optional[BaseException] = death
 

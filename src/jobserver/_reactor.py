@@ -86,7 +86,7 @@ class Reactor:
         test: Callable[[], bool],
         deadline: Optional[float],
         *,
-        target: Optional[Future[Any]] = None,
+        target: Optional[object] = None,
         arm: Sequence[int] = (),
         tick: Optional[float] = None,
         on_tick: Callable[[], Any] = lambda: None,
@@ -97,7 +97,7 @@ class Reactor:
         Args:
             test: Called under the lock, whenever something may have changed.
             deadline: The ``time.monotonic`` instant at which to give up; None for never.
-            target: The future that the test is about, if it is about one.
+            target: The future, or sink of futures, that the test is about.
             arm: More descriptors whose readability is a reason to test again.
             tick: Call ``on_tick`` after each so many seconds of fruitless waiting.
 
@@ -190,9 +190,19 @@ class Reactor:
         flight.frame = None
         if future._callbacks:
             self.ready.append(future)
+        if future._sink is not None:
+            future._sink.append(future)
         for sleeper in self._followers:
-            if sleeper.target is future:
+            if sleeper.target is future or sleeper.target is future._sink:
                 sleeper.wake()
+
+    def notify(self, target: object) -> None:
+        """Have the threads that wait for ``target`` test again."""
+        with self.lock:
+            for sleeper in self._followers:
+                if sleeper.target is target:
+                    sleeper.wake()
+            self._nudge_leader()
 
     def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         own = own_slot()
@@ -298,7 +308,7 @@ class _Sleeper:
 
     __slots__ = ("_lock", "seeks", "target")
 
-    def __init__(self, target: Optional[Future[Any]], seeks: bool) -> None:
+    def __init__(self, target: Optional[object], seeks: bool) -> None:
         self.target = target
         self.seeks = seeks
         self._lock = threading.Lock()

@@ -9,6 +9,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections import deque
 from multiprocessing.context import BaseContext
 from typing import Any, Optional, Union
 
@@ -106,15 +107,24 @@ class Shared:
             if not self.reactor.ready or issuing():
                 return
 
-    def start(self, task: Task, lease: Optional[Lease], *, lends: bool) -> Future[Any]:
+    def start(
+        self,
+        task: Task,
+        lease: Optional[Lease],
+        *,
+        lends: bool,
+        sink: Optional[deque[Future[Any]]] = None,
+    ) -> Future[Any]:
         """Launch a worker on ``lease``, which goes back where it came from if that fails."""
+        future: Future[Any] = Future(self.admission, lends=lends)
+        future._sink = sink
         lent = lease is not None and own_slot().lent
         try:
             prepared = self.launcher.prepare(task)
             seat = seat_for(self.slots, lease, own_slot())
             with _forking.launch_lock():
                 started = self.launcher.launch(prepared, seat)
-            future = self._track(prepared, seat, started, lease, lends=lends)
+            self._track(future, prepared, seat, started, lease)
         except BaseException:
             if lease is not None:
                 self.admission.give_back(lease)
@@ -124,9 +134,13 @@ class Shared:
         return future
 
     def _track(
-        self, prepared: Any, seat: Seat, started: Started, lease: Optional[Lease], *, lends: bool
-    ) -> Future[Any]:
-        future: Future[Any] = Future(self.admission, lends=lends)
+        self,
+        future: Future[Any],
+        prepared: Any,
+        seat: Seat,
+        started: Started,
+        lease: Optional[Lease],
+    ) -> None:
         try:
             self.launcher.deliver(prepared, seat, started)
             self.reactor.add(future, started, lease)
@@ -135,7 +149,6 @@ class Shared:
             raise
         finally:
             _forking.pending.discard(started.channel)
-        return future
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The parent's with-blocks are the parent's."""

@@ -120,6 +120,8 @@ class ZygoteClient:
     def _connect(self) -> socket.socket:
         if self._door is None:
             self._start(import_main=True)
+        if self._connection is not None:  # which starting has made
+            return self._connection
         assert self._door is not None  # noqa: S101
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
