@@ -188,9 +188,7 @@ class Admission:
                 self._wait_lending(test, future)
             elif can_lend:
                 bell = own.bell()
-                reactor.wait(
-                    test_or_heard, None, target=future, arm=(bell,) if bell >= 0 else ()
-                )
+                reactor.wait(test_or_heard, None, target=future, arm=(bell,) if bell >= 0 else ())
             elif not reactor.wait(test, deadline, target=future):
                 return False
 

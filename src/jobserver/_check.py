@@ -21,11 +21,10 @@ def deadline_of(timeout: Optional[float]) -> Optional[float]:
 
 def check_timeout(timeout: float) -> float:
     """Return ``timeout`` as finite seconds >= 0."""
-    if isinstance(timeout, (str, bytes, bytearray)) or not hasattr(timeout, "__float__"):
-        if not hasattr(timeout, "__index__"):
-            raise TypeError(
-                f"timeout must be None or a number of seconds, not {type(timeout).__name__}"
-            )
+    if not (hasattr(timeout, "__float__") or hasattr(timeout, "__index__")):
+        raise TypeError(
+            f"timeout must be None or a number of seconds, not {type(timeout).__name__}"
+        )
     seconds = float(timeout)
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"timeout must be None or finite seconds >= 0, not {timeout!r}")
@@ -64,7 +63,7 @@ def check_args(args: Any) -> tuple[Any, ...]:
 
 
 def check_kwargs(kwargs: Any) -> dict[str, Any]:
-    """Return keyword arguments as a plain dict (any Mapping will do, also one that cannot pickle)."""
+    """Return keyword arguments as a plain dict; any Mapping will do."""
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"kwargs must be a mapping, not {type(kwargs).__name__}")
     found = dict(kwargs)
@@ -90,7 +89,8 @@ def check_env(env: Env) -> dict[str, Optional[str]]:
             name, value = pair
         except (TypeError, ValueError):
             raise TypeError(f"env must hold pairs of (name, value), not {pair!r}") from None
-        found[_check_name(name)] = _check_value(name, value)
+        checked = _check_name(name)
+        found[checked] = _check_value(checked, value)
     return found
 
 

@@ -32,6 +32,4 @@ def finish_jobs() -> None:
 
 def warn_suppressed(raised: CallbackRaised) -> None:
     """Tell of a callback's error that can be raised nowhere any more."""
-    warnings.warn(
-        f"suppressed {raised!r} from {raised.__cause__!r}", RuntimeWarning, stacklevel=4
-    )
+    warnings.warn(f"suppressed {raised!r} from {raised.__cause__!r}", RuntimeWarning, stacklevel=4)

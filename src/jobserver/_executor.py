@@ -45,8 +45,8 @@ class JobserverExecutor(Executor):
 
     def __init__(
         self,
-        jobserver_or_max_workers: Union[None, int, Jobserver] = None,
-        mp_context: Union[None, str, BaseContext] = None,
+        jobserver_or_max_workers: Union[int, Jobserver, None] = None,
+        mp_context: Union[str, BaseContext, None] = None,
         initializer: Optional[Callable[..., Any]] = None,
         initargs: tuple[Any, ...] = (),
         *,
@@ -120,7 +120,7 @@ class JobserverExecutor(Executor):
         futures = deque(self._engine.submit(_run_chunk, (fn, chunk), {}) for chunk in first)
         return _results(futures, weakref.ref(self), fn, chunks, end)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """
         Take no more work.
 

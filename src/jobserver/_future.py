@@ -45,9 +45,9 @@ class Future(Generic[T]):
         self._reactor = admission.reactor
         self._lends = lends
         self._outcome: Optional[Outcome] = None
-        self._callbacks: deque[
-            tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-        ] = deque()
+        self._callbacks: deque[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = (
+            deque()
+        )
         self._seqno = 0
         self._issuing = False
         self._sink: Optional[deque[Any]] = None  # an executor's, told when this is done
@@ -174,5 +174,3 @@ def _check_realtime(number: int) -> int:
     if isinstance(number, int) and 0 < number < _signal.NSIG:
         return number
     raise ValueError(f"there is no signal {number!r}")
-
-

@@ -50,7 +50,7 @@ class Jobserver:
 
     def __init__(
         self,
-        context: Union[None, str, BaseContext] = None,
+        context: Union[str, BaseContext, None] = None,
         slots: Optional[int] = None,
         *,
         env: Env = (),
@@ -66,7 +66,7 @@ class Jobserver:
         env: dict[str, Optional[str]],
         preexec_fn: Optional[PreexecFn],
         sleep_fn: Optional[SleepFn],
-        lend: bool,  # noqa: FBT001
+        lend: bool,
     ) -> None:
         check_optional_callable("preexec_fn", preexec_fn)
         check_optional_callable("sleep_fn", sleep_fn)
@@ -95,7 +95,7 @@ class Jobserver:
         fn: Callable[..., T],
         *,
         args: Iterable[Any] = (),
-        kwargs: Mapping[str, Any] = {},  # noqa: B006  # never changed
+        kwargs: Mapping[str, Any] = {},  # never changed
         consume: int = 1,
         env: Optional[Env] = None,
         preexec_fn: Optional[PreexecFn] = None,
@@ -210,9 +210,7 @@ class Jobserver:
         env_found, preexec_found = self._worker_side(env, preexec_fn)
         self._shared.refuse_closed()
         plan = Plan(fn, env_found, preexec_found, sleep_fn, deadline_of(timeout))
-        return plan_map(
-            self._submit, self._shared, plan, argses, kwargses, chunksize, buffersize
-        )
+        return plan_map(self._submit, self._shared, plan, argses, kwargses, chunksize, buffersize)
 
     def replace(
         self,
@@ -251,7 +249,7 @@ class Jobserver:
         self._shared.refuse_closed()
         self._shared.admission.reap()
 
-    def __enter__(self) -> Jobserver:
+    def __enter__(self) -> Jobserver:  # noqa: PYI034  # Self came with Python 3.11
         """Open a with-block; the pool closes when the last one on any of its handles is left."""
         self._shared.enter()
         return self

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +133,9 @@ def _run(
                 return
             yield from _chunk_of(shared, outstanding, plan.deadline)
     except Blocked:
+        # Here, as it brings logging along, whose fork hooks each job would pay for.
+        import concurrent.futures
+
         raise concurrent.futures.TimeoutError("map has not finished within its timeout") from None
     finally:
         outstanding.clear()

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, get_spawning_popen
 from typing import Any, Optional, Union
 
 from . import _forking
@@ -159,7 +159,7 @@ class Shared:
         return f"Jobserver({self.method!r}, tracked={len(self.reactor.running)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if multiprocessing.context.get_spawning_popen() is None:
+        if get_spawning_popen() is None:
             raise TypeError(
                 "a Jobserver can be pickled only as an argument of a job (or of a"
                 " multiprocessing.Process): its slots are open descriptors of this process"
@@ -187,9 +187,7 @@ class Canary:
             )
 
 
-def _rebuild(
-    slots: SlotPool, method: str, key: tuple[int, int], closed: bool  # noqa: FBT001
-) -> Shared:
+def _rebuild(slots: SlotPool, method: str, key: tuple[int, int], closed: bool) -> Shared:
     shared = _by_key.get(key)
     if shared is None:
         shared = Shared(slots, resolve_context(method))

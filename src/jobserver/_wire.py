@@ -85,7 +85,12 @@ def dump(value: Any) -> list[Buffer]:
 
 
 def encode(
-    kind: int, text: Union[str, bytes], payload: Sequence[Buffer], *, flags: int = 0, exitcode: int = 0
+    kind: int,
+    text: Union[str, bytes],
+    payload: Sequence[Buffer],
+    *,
+    flags: int = 0,
+    exitcode: int = 0,
 ) -> list[Buffer]:
     """Return the pieces of a frame, ready for ``send``."""
     first = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")

@@ -18,12 +18,15 @@ class Launcher(Protocol):
 
     def prepare(self, task: Task) -> Any:
         """Return what ``launch`` wants of a task; TypeError if it cannot be pickled."""
+        ...
 
     def launch(self, prepared: Any, seat: Seat) -> Started:
         """Start a worker; called with the launch lock held. Its channel is noted as pending."""
+        ...
 
     def deliver(self, prepared: Any, seat: Seat, started: Started) -> None:
         """Hand the worker its task, if it was not born with it; called under no lock."""
+        ...
 
 
 def launcher_for(method: str) -> Launcher:

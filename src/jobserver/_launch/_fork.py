@@ -10,7 +10,6 @@ child touches the cheaper it is: no Process object is started, no module loaded.
 from __future__ import annotations
 
 import os
-import sys
 from multiprocessing import process, util
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from jobserver import _forking
 from jobserver._flight import Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._worker._main import work
-from jobserver._worker._process import become_worker
+from jobserver._worker._process import become_worker, report
 from jobserver._worker._task import Task
 
 from ._seat import Seat
@@ -31,7 +30,7 @@ class ForkLauncher:
         """Nothing to do: the child sees the parent's memory."""
         return task
 
-    def launch(self, task: Task, seat: Seat) -> Started:
+    def launch(self, prepared: Task, seat: Seat) -> Started:
         """Start a worker; call with the launch lock held."""
         flush: Any = util
         flush._flush_std_streams()  # else what is buffered would be written twice
@@ -44,7 +43,7 @@ class ForkLauncher:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
                 os.close(reader)
-                _child(task, writer, seat, parent)
+                _child(prepared, writer, seat, parent)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
@@ -87,7 +86,7 @@ def _child(task: Task, channel: int, seat: Seat, parent: int) -> NoReturn:
         run_on(OwnSlot(seat.key, seat.lease_fd, seat.berth, seat.bell))
         become_worker(parent, forked=True)
         work(task.run, channel)
-    except BaseException:  # noqa: BLE001  # KeyboardInterrupt before fn was called
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called
+        report(error)
     finally:
         os._exit(1)

@@ -10,7 +10,7 @@ Here that is us.
 
 from __future__ import annotations
 
-from multiprocessing import context
+from multiprocessing.context import get_spawning_popen, set_spawning_popen
 from typing import Any, NamedTuple
 
 from jobserver._wire import Buffer, dump
@@ -43,10 +43,9 @@ class _Starting:
 
 def pickle_task(task: Task, method: str) -> Pickled:
     """Pickle ``task``; TypeError that names the start method if that is not possible."""
-    starting = _Starting()
-    spawning: Any = context
-    outer = spawning.get_spawning_popen()
-    spawning.set_spawning_popen(starting)
+    starting: Any = _Starting()
+    outer = get_spawning_popen()
+    set_spawning_popen(starting)
     try:
         payload = dump(tuple(task))
     except Exception as error:
@@ -54,5 +53,5 @@ def pickle_task(task: Task, method: str) -> Pickled:
             f"the job is not picklable, which the start method {method!r} needs: {error}"
         ) from error
     finally:
-        spawning.set_spawning_popen(outer)
+        set_spawning_popen(outer)
     return Pickled(payload, starting.fds)

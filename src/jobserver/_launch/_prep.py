@@ -7,7 +7,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from multiprocessing import process
+from multiprocessing import process, util
 from typing import Any
 
 _GUARD = """\
@@ -50,10 +50,10 @@ def foundations() -> dict[str, Any]:
     method = multiprocessing.get_start_method(allow_none=True)
     if method is not None:
         found["start_method"] = method
-    util: Any = multiprocessing.util
-    found["log_to_stderr"] = util._log_to_stderr
-    if util._logger is not None:
-        found["log_level"] = util._logger.getEffectiveLevel()
+    log: Any = util
+    found["log_to_stderr"] = log._log_to_stderr
+    if log._logger is not None:
+        found["log_level"] = log._logger.getEffectiveLevel()
     return found
 
 

@@ -23,6 +23,7 @@ from ._pickling import Pickled, pickle_task
 from ._prep import changes, foundations, refuse_while_importing, surroundings
 from ._seat import Seat
 
+
 class Prepared(NamedTuple):
     """A task that is ready to be sent."""
 
@@ -41,7 +42,7 @@ class RemoteLauncher:
         refuse_while_importing()
         return Prepared(pickle_task(task, self._method), surroundings())
 
-    def launch(self, prepared: Prepared, seat: Seat) -> Started:
+    def launch(self, prepared: Prepared, seat: Seat) -> Started:  # noqa: ARG002
         """Start a worker; call with the launch lock held, and ``deliver`` after it."""
         ours, theirs = socket.socketpair()
         try:
@@ -65,7 +66,7 @@ class RemoteLauncher:
         else:
             told.update(foundations())
         # One tracker for the whole tree, else a worker's would unlink what it made at its end.
-        tracker: int = resource_tracker.getfd()
+        tracker: Any = resource_tracker.getfd()
         seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
         told["seat"] = (seat.key, seat.lease_fd >= 0, seat.berth, seat.bell >= 0)
         told["parent_pid"] = os.getpid()

@@ -34,7 +34,6 @@ from jobserver._worker._protocol import (
     EXITED,
     FAILED,
     FORK,
-    LAUNCHED,
     MESSAGE,
     PING,
     QUERY,
@@ -125,7 +124,9 @@ class ZygoteClient:
         assert self._door is not None  # noqa: S101
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
+            ancillary = [
+                (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))
+            ]
             try:
                 self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
             except (BrokenPipeError, ConnectionResetError) as error:
@@ -207,7 +208,6 @@ class ZygoteClient:
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
-
 
     def end(self) -> None:
         """At the end of this process: let the zygote end, too."""

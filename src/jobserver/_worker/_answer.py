@@ -25,19 +25,19 @@ def answer_of(call: Callable[[], Any]) -> Answer:
     try:
         value = call()
     except Exception as error:  # noqa: BLE001  # it is the user's, and goes to the caller
-        return _raised(error, _text_of(error))
+        return raised(error)
     except BaseException as error:  # noqa: BLE001
-        return _died(error)
+        return died(error)
     try:
         return Answer(RESULT, "", dump(value))
     except Exception as error:  # noqa: BLE001
         return _unpicklable(f"the result of the job, a {_name(value)},", error, _text_of(error))
     except BaseException as error:  # noqa: BLE001
-        return _died(error)
+        return died(error)
 
 
-def failure(error: Exception) -> Answer:
-    """Return the answer for a failure of ours to get as far as calling fn."""
+def raised(error: Exception) -> Answer:
+    """Return the answer for an exception that fn has raised."""
     return _raised(error, _text_of(error))
 
 
@@ -47,14 +47,15 @@ def _raised(error: Exception, text: str) -> Answer:
     except Exception as why:  # noqa: BLE001
         return _unpicklable(f"the exception of the job, a {_name(error)},", why, text)
     except BaseException as why:  # noqa: BLE001
-        return _died(why)
+        return died(why)
 
 
 def _unpicklable(what: str, why: Exception, text: str) -> Answer:
     return Answer(RAISED, text, dump(RuntimeError(f"{what} could not be pickled: {why!r}")))
 
 
-def _died(error: BaseException) -> Answer:
+def died(error: BaseException) -> Answer:
+    """Return the answer for an exception that ends a process."""
     exitcode = 1
     if isinstance(error, SystemExit):
         # As the interpreter itself takes it.
@@ -75,11 +76,12 @@ def _text_of(error: BaseException) -> str:
 
 
 def _users(tb: Optional[TracebackType]) -> Optional[TracebackType]:
-    """Skip our own frames at the top of a traceback."""
-    first = tb
-    while tb is not None and tb.tb_frame.f_globals.get("__name__", "").startswith("jobserver."):
+    """Skip our own frames at the top of a traceback, but for the last."""
+    while tb is not None and tb.tb_next is not None:
+        if not tb.tb_frame.f_globals.get("__name__", "").startswith("jobserver."):
+            break
         tb = tb.tb_next
-    return first if tb is None else tb
+    return tb
 
 
 def _name(thing: Any) -> str:

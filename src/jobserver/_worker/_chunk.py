@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 from jobserver._outcome import Outcome
 from jobserver._wire import Frame
 
-from ._answer import Answer, answer_of
+from ._answer import Answer, raised
 
 
 class Chunk:
@@ -43,13 +43,6 @@ def run_chunk(
     for args, kwargs in calls:
         try:
             values.append(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001, PERF203
-            return Chunk(values, answer_of(_raiser(error)))
+        except Exception as error:  # noqa: BLE001
+            return Chunk(values, raised(error))
     return Chunk(values, None)
-
-
-def _raiser(error: Exception) -> Callable[[], Any]:
-    def call() -> Any:
-        raise error
-
-    return call

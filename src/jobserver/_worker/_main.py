@@ -16,7 +16,7 @@ from typing import Any, Callable, NoReturn
 from jobserver._slots._own import own_slot
 from jobserver._wire import DIED, RETURNED, encode, send
 
-from ._answer import Answer, answer_of
+from ._answer import Answer, answer_of, died
 from ._process import finish_process, flush_streams
 
 
@@ -42,7 +42,7 @@ def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
                 jobs.finish_jobs()
             finish_process()
         except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
-            answer = answer_of(_raiser(error))
+            answer = died(error)
         exitcode = answer.exitcode
         flags = RETURNED if own_slot().returned() else 0
         pieces = encode(
@@ -58,13 +58,6 @@ def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
         exitcode = exitcode or 1
     finally:
         os._exit(exitcode)
-
-
-def _raiser(error: BaseException):  # type: ignore[no-untyped-def]
-    def call() -> NoReturn:
-        raise error
-
-    return call
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -71,9 +71,14 @@ def finish_process() -> None:
     for step in (_threading._shutdown, _util._exit_function, atexit._run_exitfuncs):
         try:
             step()
-        except Exception:  # noqa: BLE001  # a hook's failure is no reason to lose the answer
-            sys.excepthook(*sys.exc_info())
+        except Exception as error:  # noqa: BLE001  # no reason to lose the answer
+            report(error)
     flush_streams()
+
+
+def report(error: BaseException) -> None:
+    """Print what can be told to nobody else."""
+    sys.excepthook(type(error), error, error.__traceback__)
 
 
 def flush_streams() -> None:

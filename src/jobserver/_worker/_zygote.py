@@ -35,6 +35,7 @@ from jobserver._fds import fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
 
+from ._process import report
 from ._protocol import (
     EXITED,
     FAILED,
@@ -250,8 +251,8 @@ class _Zygote:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             inherit_door(self._door, self._told)
             serve(channel, self._told, self._failure)
-        except BaseException:  # noqa: BLE001
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001
+            report(error)
         finally:
             os._exit(1)
 
