@@ -77,11 +77,11 @@ def _check_size(name: str, size: int) -> None:
 
 def _check_lengths(argses: Any, kwargses: Any) -> None:
     # Known now for sized inputs, and else when the shorter one has run out.
-    if hasattr(argses, "__len__") and hasattr(kwargses, "__len__"):
-        if len(argses) != len(kwargses):
-            raise ValueError(
-                f"argses and kwargses must be equally long, not {len(argses)} and {len(kwargses)}"
-            )
+    sized = hasattr(argses, "__len__") and hasattr(kwargses, "__len__")
+    if sized and len(argses) != len(kwargses):
+        raise ValueError(
+            f"argses and kwargses must be equally long, not {len(argses)} and {len(kwargses)}"
+        )
 
 
 _MISSING: Any = object()

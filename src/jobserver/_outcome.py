@@ -71,9 +71,7 @@ def _unreadable(frame: Frame, error: Exception) -> BaseException:
     what = "result" if frame.kind == RESULT else "exception"
     failure: BaseException
     if frame.kind == DIED:
-        failure = SubmissionDied(
-            frame.exitcode, f"what ended it cannot be unpickled here: {error!r}"
-        )
+        failure = SubmissionDied(frame.exitcode, f"its cause cannot be unpickled here: {error!r}")
     else:
         failure = RuntimeError(f"the {what} of the job cannot be unpickled here: {error!r}")
     failure.__cause__ = RemoteTraceback(frame.text) if frame.text else error

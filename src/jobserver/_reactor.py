@@ -99,7 +99,8 @@ class Reactor:
             deadline: The ``time.monotonic`` instant at which to give up; None for never.
             target: The future, or sink of futures, that the test is about.
             arm: More descriptors whose readability is a reason to test again.
-            tick: Call ``on_tick`` after each so many seconds of fruitless waiting.
+            tick: After so many seconds of fruitless waiting ...
+            on_tick: ... call this, again and again.
 
         Returns:
             What the last test said.

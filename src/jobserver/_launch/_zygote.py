@@ -124,9 +124,8 @@ class ZygoteClient:
         assert self._door is not None  # noqa: S101
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            ancillary = [
-                (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))
-            ]
+            fds = array.array("i", [theirs.fileno()])
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
             try:
                 self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
             except (BrokenPipeError, ConnectionResetError) as error:
@@ -216,7 +215,11 @@ class ZygoteClient:
 
 
 _client = ZygoteClient(None, {})
-atexit.register(lambda: _client.end())
+
+
+@atexit.register
+def _end() -> None:
+    _client.end()
 
 
 def client() -> ZygoteClient:

@@ -48,7 +48,7 @@ class Lease:
         if fd < 0:
             return
         try:
-            # SIGKILL before the move: the token lies in a berth that becomes unlocked, and is swept.
+            # SIGKILL before the move: the token lies in a berth that becomes unlocked, to be swept.
             # SIGKILL after it: an empty berth becomes unlocked.
             self.pool.unpark(fd)
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -56,7 +56,7 @@ class Lease:
             os.close(fd)
 
     def abandon(self) -> None:
-        """Let go without moving the token: whoever else shares the lock goes on holding the slot."""
+        """Let go without moving the token: whoever else shares the lock holds the slot on."""
         fd = self._let_go()
         if fd >= 0:
             os.close(fd)

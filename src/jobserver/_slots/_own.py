@@ -54,7 +54,7 @@ class OwnSlot:
         self.lease: Optional[Lease] = None
 
     def attach(self, pool: SlotPool) -> bool:
-        """Say whether this process runs on a slot of ``pool``; from then on the slot can be lent."""
+        """Say whether this is a job on ``pool``; from then on its slot, if any, can be lent."""
         if self._key != pool.key:
             return False
         if self._first is None and self._fd >= 0:

@@ -60,8 +60,7 @@ class SlotPool:
         try:
             # A spliced byte may take a whole page of the ring, so a small ring would refuse tokens.
             made.append(new_fifo(slots + 1))
-            for _ in range(count):
-                made.append(new_fifo(1))
+            made += (new_fifo(1) for _ in range(count))
             _write_all(made[0], b"+" * slots)
         except OSError as error:
             for fd in made:

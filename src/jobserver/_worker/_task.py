@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -28,9 +27,6 @@ class Task(NamedTuple):
         manager = None if self.preexec_fn is None else self.preexec_fn()
         if manager is None:
             return self.fn(*self.args, **self.kwargs)
-        # A manager may suppress fn's exception; then the result is None.
-        result = None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(manager)
-            result = self.fn(*self.args, **self.kwargs)
-        return result
+        with manager:
+            return self.fn(*self.args, **self.kwargs)
+        return None  # the manager has suppressed fn's exception
