@@ -89,11 +89,14 @@ class Admission:
 
         def test() -> bool:
             self._refuse_closed()
+            # Callbacks first: the slot that has come back is theirs to submit on.
+            if self._callbacks_due():
+                return True
             lease = slots.try_take()
             if lease is not None:
                 taken.append(lease)
                 return True
-            return (until is not None and until._outcome is not None) or self._callbacks_due()
+            return until is not None and until._outcome is not None
 
         rang = False
         try:

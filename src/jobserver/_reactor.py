@@ -36,6 +36,9 @@ from ._wire import RETURNED
 if TYPE_CHECKING:
     from ._future import Future
 
+# A worker that has answered is gone within a millisecond, unless it has been stopped.
+_LAST_REAP = 0.2
+
 # Reactors with jobs in flight, so that the end of the process can wait for them all.
 _active: set[Reactor] = set()
 
@@ -53,6 +56,7 @@ class Reactor:
         # Threads that wait for this job's own slot to come back from anywhere.
         self.starving = 0
         self.closed = False
+        self._dropped = False  # there is no handle any more that could submit
         self.running: dict[Future[Any], Flight] = {}
         self._watched: dict[int, Flight] = {}
         self._armed: set[int] = set()
@@ -135,8 +139,8 @@ class Reactor:
                 if not self._leading:
                     if self._followers:
                         next(iter(self._followers)).wake()
-                    elif self.closed:
-                        self._release()
+                    else:
+                        self._retire()
 
     def _lead(self, poller: select.epoll, pause: Optional[float]) -> bool:
         events = poller.poll(pause)
@@ -167,7 +171,7 @@ class Reactor:
                 settled = True
         if not self._watched:
             _active.discard(self)
-            if self.closed:
+            if self.closed or self._dropped:
                 self._release()
         return settled
 
@@ -259,6 +263,24 @@ class Reactor:
     def reap_lingering(self, seconds: float) -> None:
         """Wait, not longer than ``seconds``, for the processes of finished jobs to be gone."""
         self.wait(lambda: not self._lingering, time.monotonic() + seconds)
+
+    def drop(self) -> None:
+        """The last handle is gone; called by finalizers, so perhaps from within our own code."""
+        self._dropped = True
+        if self.lock.acquire(blocking=False):
+            try:
+                self._retire()
+            finally:
+                self.lock.release()
+
+    def _retire(self) -> None:
+        """If nobody will ever come by again, reap what is about to end, and let go."""
+        if self._leading or self.running or not (self.closed or self._dropped):
+            return
+        end = time.monotonic() + _LAST_REAP
+        while self._watched and time.monotonic() < end:
+            self._handle(self._poller().poll(end - time.monotonic()))
+        self._release()
 
     def close(self) -> None:
         """Take no more work; let go of all descriptors once the last job in flight has ended."""

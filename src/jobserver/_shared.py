@@ -185,6 +185,7 @@ class Canary:
                 source=self,
                 stacklevel=2,
             )
+        reactor.drop()
 
 
 def _rebuild(slots: SlotPool, method: str, key: tuple[int, int], closed: bool) -> Shared:
