@@ -113,7 +113,7 @@ class Admission:
                 if taken or reactor.wait(
                     test,
                     deadline,
-                    arm=(slots.fileno(),),
+                    arm=slots.filenos(),
                     tick=_TICK,
                     on_tick=slots.sweep,
                 ):
@@ -155,7 +155,7 @@ class Admission:
         with reactor.lock:
             reactor.starving += 1
         try:
-            reactor.wait(test, None, arm=(slots.fileno(),), tick=_TICK, on_tick=slots.sweep)
+            reactor.wait(test, None, arm=slots.filenos(), tick=_TICK, on_tick=slots.sweep)
         finally:
             with reactor.lock:
                 reactor.starving -= 1

@@ -146,7 +146,7 @@ class Engine:
                     self._test_seeking if seeks else self._test,
                     self._not_before if gated else None,
                     target=self._sink,
-                    arm=(reactor.slots.fileno(),) if seeks and not reactor.closed else (),
+                    arm=reactor.slots.filenos() if seeks and not reactor.closed else (),
                     tick=_TICK if seeks else None,
                     on_tick=reactor.slots.sweep,
                 )

@@ -30,7 +30,8 @@ from ._flight import Flight, Started
 from ._outcome import Outcome
 from ._slots._lease import Lease
 from ._slots._own import own_slot
-from ._slots._pool import SlotPool, new_fifo
+from ._slots._pool import SlotPool
+from ._slots._section import new_fifo
 from ._wire import RETURNED
 
 if TYPE_CHECKING:
@@ -212,10 +213,7 @@ class Reactor:
     def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         own = own_slot()
         if flight.frame is None:
-            # The worker may have lent its slot to a child that outlives it, and that shares the
-            # lock: so the token is not ours to move, it is put back if nobody holds it.
-            lease.abandon()
-            self.slots.sweep_berth(lease.berth)
+            lease.holder_died()
         elif flight.frame.flags & RETURNED:
             lease.abandon()
         elif own.lent and own.attach(self.slots) and self._wanted(future):
@@ -299,7 +297,9 @@ class Reactor:
         if epoll is not None:
             epoll.close()
         self._armed.clear()
-        self.slots.close()
+        # A job on this pool has its own slot to return, at its very end.
+        if not own_slot().attach(self.slots):
+            self.slots.close()
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """Forget what the parent has in flight."""

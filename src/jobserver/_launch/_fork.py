@@ -83,7 +83,7 @@ def open_pidfd(pid: int) -> int:
 
 def _child(task: Task, channel: int, seat: Seat, parent: int) -> NoReturn:
     try:
-        run_on(OwnSlot(seat.key, seat.lease_fd, seat.berth, seat.bell))
+        run_on(OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell))
         become_worker(parent, forked=True)
         work(task.run, channel)
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called

@@ -68,7 +68,7 @@ class RemoteLauncher:
         # One tracker for the whole tree, else a worker's would unlink what it made at its end.
         tracker: Any = resource_tracker.getfd()
         seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
-        told["seat"] = (seat.key, seat.lease_fd >= 0, seat.berth, seat.bell >= 0)
+        told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)
         told["parent_pid"] = os.getpid()
         frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload)
         sock = socket.socket(fileno=os.dup(started.channel))

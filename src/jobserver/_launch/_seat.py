@@ -16,7 +16,7 @@ class Seat(NamedTuple):
 
     key: tuple[int, int]
     lease_fd: int
-    berth: int
+    place: Optional[tuple[int, int]]
     bell: int
 
     def fds(self) -> frozenset[int]:
@@ -27,6 +27,6 @@ class Seat(NamedTuple):
 def seat_for(pool: SlotPool, lease: Optional[Lease], own: OwnSlot) -> Seat:
     """Return the seat for a child of this process."""
     if lease is not None:
-        return Seat(pool.key, lease.fileno(), lease.berth, -1)
+        return Seat(pool.key, lease.fileno(), (pool.section_of(lease), lease.berth), -1)
     bell = own.bell_for_child() if own.attach(pool) else -1
-    return Seat(pool.key, -1, -1, bell)
+    return Seat(pool.key, -1, None, bell)

@@ -10,56 +10,84 @@ Guarantees:
   the slot, so the kernel drops the lock exactly when everybody who shares it is gone.
 * A token in an unlocked berth is a dead holder's. Any process may put it back into the pool.
 * A lease is in one hand at a time: to lend is to give the object away.
+
+A plain lease has no berth: its token is in the memory of whoever took it. It is what there is when
+berths run out, and does all that other leases do but survive a SIGKILL of its holder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from typing import TYPE_CHECKING
 
 from jobserver._forking import epoch
 
-from ._splice import move_byte
+from ._section import write_all
 
 if TYPE_CHECKING:
     from ._pool import SlotPool
+    from ._section import Section
 
 
 class Lease:
     """A token taken out of a pool; made by ``SlotPool.try_take`` and ``SlotPool.adopt`` only."""
 
-    __slots__ = ("_epoch", "_fd", "berth", "pool")
+    __slots__ = ("_epoch", "_fd", "_token", "berth", "pool", "section")
 
-    def __init__(self, pool: SlotPool, fd: int, berth: int) -> None:
+    def __init__(
+        self, pool: SlotPool, fd: int, berth: int, section: Section, token: bytes = b""
+    ) -> None:
         self.pool = pool
-        self._fd = fd
-        self._epoch = epoch()
+        self.section = section
         self.berth = berth
-        pool.held_fds.add(fd)
+        self._fd = fd
+        self._token = token
+        self._epoch = epoch()
+        if fd >= 0:
+            pool.held_fds.add(fd)
 
     def fileno(self) -> int:
-        """Return the descriptor that shares the lock, to be handed to the worker."""
+        """Return the descriptor that shares the lock, to be handed to the worker; -1 if plain."""
         return self._fd
 
     def release(self) -> None:
         """Put the token back. The lock is dropped for everybody who shares the description."""
+        token, self._token = self._token, b""
+        if token and self._epoch == epoch():
+            write_all(self.section.pipe, token)
         fd = self._let_go()
         if fd < 0:
             return
         try:
             # SIGKILL before the move: the token lies in a berth that becomes unlocked, to be swept.
             # SIGKILL after it: an empty berth becomes unlocked.
-            self.pool.unpark(fd)
+            self.section.unpark(fd)
             fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
 
     def abandon(self) -> None:
         """Let go without moving the token: whoever else shares the lock holds the slot on."""
+        self._token = b""
         fd = self._let_go()
         if fd >= 0:
             os.close(fd)
+
+    def holder_died(self) -> None:
+        """
+        Let go after the worker's death.
+
+        The worker may have lent its slot to a child that outlives it, and that shares the lock: so
+        the token is not ours to move, it is put back if nobody holds it.
+        """
+        if self._token:
+            self.release()
+            return
+        self.abandon()
+        with contextlib.suppress(OSError):  # no descriptor left: a later sweep finds it
+            self.section.sweep_berth(self.berth)
 
     def _let_go(self) -> int:
         """Return the descriptor if it is still this object's to close, else -1."""
@@ -72,27 +100,10 @@ class Lease:
 
     def __del__(self) -> None:
         # Only an exception at an unlucky instant (Ctrl-C between two bytecodes) leads here with a
-        # descriptor still open; the token must not be lost with it.
-        if self._fd < 0:
+        # token still in hand; it must not be lost.
+        if self._fd < 0 and not self._token:
             return
         if self.pool.closed:
             self.abandon()
         else:
             self.release()
-
-
-def lock(fd: int) -> bool:
-    """Try to lock the berth behind ``fd``; False when somebody holds it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def move_or_false(source: int, target: int) -> bool:
-    """Move one byte; False when there is none to move, or no room."""
-    try:
-        return move_byte(source, target)
-    except BlockingIOError:
-        return False

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Optional
 from jobserver import _forking
 
 from ._lease import Lease
-from ._pool import SlotPool, new_fifo
+from ._pool import SlotPool
+from ._section import new_fifo
 from ._splice import waiting_bytes
 
 if TYPE_CHECKING:
@@ -38,16 +39,20 @@ class OwnSlot:
     Args:
         key: Which pool the slot, or the bell, belongs to; None for a process that is no job.
         fd: The descriptor of the lease, -1 for none.
-        berth: The berth of the lease.
+        place: The section and the berth of the lease, None for none.
         bell: The FIFO to ring when blocked without a slot, -1 for none.
     """
 
     def __init__(
-        self, key: Optional[PoolKey] = None, fd: int = -1, berth: int = -1, bell: int = -1
+        self,
+        key: Optional[PoolKey] = None,
+        fd: int = -1,
+        place: Optional[tuple[int, int]] = None,
+        bell: int = -1,
     ) -> None:
         self._key = key
         self._fd = fd
-        self._berth = berth
+        self._place = place
         self._outer_bell = bell
         self._inner_bell = -1
         self._first: Optional[Lease] = None
@@ -57,8 +62,8 @@ class OwnSlot:
         """Say whether this is a job on ``pool``; from then on its slot, if any, can be lent."""
         if self._key != pool.key:
             return False
-        if self._first is None and self._fd >= 0:
-            self._first = self.lease = pool.adopt(self._fd, self._berth)
+        if self._first is None and self._place is not None:
+            self._first = self.lease = pool.adopt(self._fd, *self._place)
         return True
 
     @property

@@ -46,10 +46,10 @@ def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) 
     become_worker(changed["parent_pid"], forked=told is not None)
     tracker: Any = resource_tracker
     tracker._resource_tracker._fd = fds.pop(0)
-    key, has_lease, berth, has_bell = changed["seat"]
+    key, has_lease, place, has_bell = changed["seat"]
     lease = fds.pop(0) if has_lease else -1
     bell = fds.pop(0) if has_bell else -1
-    run_on(OwnSlot(key, lease, berth, bell))
+    run_on(OwnSlot(key, lease, place, bell))
     _inherit.hold(fds)
 
     def call() -> Any:

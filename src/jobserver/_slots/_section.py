@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Part of a pool: a pipe of free tokens, and berths for those of them that are in use.
+
+Guarantees:
+
+* At every instant each token is in the pipe or in exactly one berth: ``splice`` moves it within
+  one system call, and SIGKILL acts between system calls. Nothing is counted and nothing minted,
+  so nothing needs repair but a dead holder's berth, which any process may empty (``sweep``).
+* A token that was taken from this pipe goes back into this pipe, as the same byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import Optional
+
+from ._splice import move_byte, waiting_bytes
+
+_OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+_F_SETPIPE_SZ = 1031
+_F_GETPIPE_SZ = 1032
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+
+class Section:
+    """
+    One pipe and its berths.
+
+    Args:
+        pipe: The pipe of free tokens, open for reading and writing, non-blocking.
+        berths: One descriptor for each berth, open for as long as this object is.
+    """
+
+    def __init__(self, pipe: int, berths: list[int]) -> None:
+        self.pipe = pipe
+        self.berths = berths
+        self._hint = 0
+
+    def take(self) -> Optional[tuple[int, int]]:
+        """Take a free token into a berth; returns the berth's descriptor and number."""
+        if not waiting_bytes(self.pipe):
+            return None
+        count = len(self.berths)
+        start = self._hint
+        for step in range(count):
+            berth = (start + step) % count
+            fd = self._open(berth)
+            try:
+                if lock(fd):
+                    # SIGKILL here, before the splice: an empty berth becomes unlocked again.
+                    # A byte that is there already is a dead holder's token, now ours.
+                    if waiting_bytes(fd) or _moved(self.pipe, fd):
+                        # Takers in other processes would otherwise meet at each berth in turn.
+                        self._hint = (berth + 1 + (fd & 1)) % count
+                        taken, fd = fd, -1
+                        return taken, berth
+                    return None
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        return None
+
+    def sweep(self) -> int:
+        """Put the tokens of dead holders back; returns how many."""
+        return sum(self.sweep_berth(berth) for berth in range(len(self.berths)))
+
+    def sweep_berth(self, berth: int) -> bool:
+        """Put the token in ``berth`` back if its holder is dead."""
+        if not waiting_bytes(self.berths[berth]):
+            return False
+        fd = self._open(berth)
+        try:
+            return lock(fd) and self.unpark(fd)
+        finally:
+            os.close(fd)
+
+    def unpark(self, fd: int) -> bool:
+        """Move the token out of a berth that this process has locked, into the pipe."""
+        try:
+            return move_byte(fd, self.pipe)
+        except BlockingIOError:
+            if not waiting_bytes(fd):
+                return False
+        # Each spliced byte takes a page of the pipe's ring, and the ring is full: it could not be
+        # made as large as it should be. Written together, all bytes share a page. SIGKILL in this
+        # instant loses them; there is no other way to make room.
+        _compact(self.pipe)
+        with contextlib.suppress(BlockingIOError):
+            return move_byte(fd, self.pipe)
+        return False
+
+    def _open(self, berth: int) -> int:
+        """Open a new description, whose lock is nobody else's."""
+        return os.open(f"/proc/self/fd/{self.berths[berth]}", _OPEN_FLAGS)
+
+
+def lock(fd: int) -> bool:
+    """Try to lock the berth behind ``fd``; False when somebody holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _moved(source: int, target: int) -> bool:
+    try:
+        return move_byte(source, target)
+    except BlockingIOError:
+        return False
+
+
+def _compact(pipe: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        tokens = os.read(pipe, _PAGE)
+        write_all(pipe, tokens)
+
+
+def new_fifo(pages: int) -> int:
+    """Open an anonymous FIFO of ``pages`` pages: one descriptor, both ends, non-blocking."""
+    reader, writer = os.pipe()
+    try:
+        fd = os.open(f"/proc/self/fd/{reader}", _OPEN_FLAGS)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    # Refused to the unprivileged beyond 256 pages, or over their quota: see `ring_of`.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, pages * _PAGE)
+    return fd
+
+
+def ring_of(fd: int) -> int:
+    """Return of how many pages the ring of a pipe is: so many spliced bytes have room."""
+    return fcntl.fcntl(fd, _F_GETPIPE_SZ) // _PAGE
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``."""
+    while data:
+        data = data[os.write(fd, data) :]
