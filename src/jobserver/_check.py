@@ -25,7 +25,10 @@ def check_timeout(timeout: float) -> float:
         raise TypeError(
             f"timeout must be None or a number of seconds, not {type(timeout).__name__}"
         )
-    seconds = float(timeout)
+    try:
+        seconds = float(timeout)
+    except OverflowError:
+        seconds = math.inf
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"timeout must be None or finite seconds >= 0, not {timeout!r}")
     return seconds
@@ -120,6 +123,8 @@ def check_pause(pause: Any) -> Optional[float]:
         return None
     try:
         seconds = float(pause)
+    except OverflowError:
+        seconds = math.inf
     except (TypeError, ValueError):
         seconds = math.nan
     if isinstance(pause, (str, bytes)) or math.isnan(seconds) or seconds < 0:

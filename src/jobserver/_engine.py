@@ -7,26 +7,38 @@ Guarantees:
 
 * The thread never refers to the executor itself, so an executor that is dropped is collected, and
   its thread ends when its work is done.
-* A pending future can be cancelled until a slot has been taken for it.
+* A call is pending, and can be cancelled, until a slot has been taken for it. Whoever takes it out
+  of what is pending, and nobody else, settles its promise.
 * The thread issues no callbacks registered with ``Jobserver`` futures: those of a shared Jobserver
   belong to the threads of whoever registered them.
+* ``stop`` and ``forget`` take no lock that their caller may hold, as the garbage collector calls
+  them at any instant: when it finds an executor, or an unfinished iterator of its ``map``.
+* No code of the user runs under a lock.
+
+In a job, a thread that waits without a timeout for a promise is *patient*: while there is one, the
+job's own slot is the next call's if there is no other. It comes back when a call that somebody
+waits for ends, and the waiting thread goes on when the job holds a slot again (see ``_admission``).
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections import deque
-from concurrent.futures import Future as StdFuture
+import weakref
+from collections import OrderedDict, deque
 from concurrent.futures.process import BrokenProcessPool
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from . import _forking
+from ._casualty import standard
 from ._check import check_pause
-from ._errors import SubmissionDied
 from ._future import Future
+from ._patience import Patience
+from ._promise import Promise
 from ._slots._lease import Lease
+from ._wakeup import Wakeup
 from ._worker._initialize import Initializer, InitializerFailed
 from ._worker._task import Task
 
@@ -36,20 +48,18 @@ if TYPE_CHECKING:
 _TICK = 0.2
 _LINGER = 5.0
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_ended_in: Optional[int] = None  # the process whose interpreter has begun to end
 
-class WorkerDied(SubmissionDied, BrokenProcessPool):
-    """SubmissionDied as an executor raises it: can be caught as BrokenProcessPool, too."""
 
-
-class _Work(NamedTuple):
-    future: StdFuture[Any]
+class _Call(NamedTuple):
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Engine:
-    """Run submitted work on a Jobserver, in a thread that is started with the first of it."""
+    """Run submitted calls on a Jobserver, in a thread that is started with the first of them."""
 
     def __init__(
         self, jobserver: Jobserver, initializer: Optional[Initializer], *, owns: bool
@@ -57,226 +67,332 @@ class Engine:
         self.jobserver = jobserver
         self.broken: Optional[str] = None
         self.stopping = False
+        self._foreign = False  # made by the process that this one was forked from
         self._shared = jobserver._shared
+        self._patience = Patience(jobserver)
         self._initializer = initializer
         self._owns = owns
-        self._lock = threading.Lock()
-        self._pending: deque[_Work] = deque()
+        # Reentrant, as the garbage collector may come by with the lock held.
+        self._lock = threading.RLock()
+        self._pending: OrderedDict[Promise[Any], _Call] = OrderedDict()
+        # Guarded by the lock of the reactor; None for a promise that is already broken.
+        self._running: dict[Future[Any], Optional[Promise[Any]]] = {}
         self._sink: deque[Future[Any]] = deque()
-        self._running: dict[Future[Any], StdFuture[Any]] = {}
         self._lease: Optional[Lease] = None
-        self._not_before = 0.0
+        self._signal: Optional[int] = None
+        self._wakeup: Optional[Wakeup] = None
         self._thread: Optional[threading.Thread] = None
-        self._ended = False
-        self._foreign = False
         _forking.track(self)
+
+    # What any thread may call
 
     def submit(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StdFuture[Any]:
+    ) -> Promise[Any]:
         """Queue a call."""
         with self._lock:
-            if self.broken is not None:
-                raise BrokenProcessPool(self.broken)
-            if self.stopping or self._foreign:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            future: StdFuture[Any] = StdFuture()
-            self._pending.append(_Work(future, fn, args, kwargs))
-            if self._thread is None:
-                self._start()
-        self._shared.reactor.notify(self._sink)
-        return future
+            self._refuse()
+            promise: Promise[Any] = Promise(self)
+            self._pending[promise] = _Call(fn, args, kwargs)
+            try:
+                if self._wakeup is None:
+                    self._start()
+                elif len(self._pending) == 1:
+                    self._wakeup.ring()
+            except BaseException:
+                self._pending.pop(promise, None)
+                raise
+        return promise
+
+    def _refuse(self) -> None:
+        if self.broken is not None:
+            raise BrokenProcessPool(self.broken)
+        self.refuse_foreign()
+        if _ended_in == os.getpid():
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        if self.stopping:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        self._shared.refuse_closed()
+
+    def refuse_foreign(self) -> None:
+        """Raise RuntimeError in a process that is forked from the executor's own."""
+        if self._foreign:
+            raise RuntimeError(
+                "this executor, and its futures, belong to the process that this one was forked from"
+            )
 
     def _start(self) -> None:
-        # Not a daemon: the interpreter's end waits for it, and has told it before (see `stop`).
+        # Not a daemon: the interpreter's end waits for it, and has told it before (`_at_exit`).
         thread = threading.Thread(target=self._serve, name="JobserverExecutor")
-        try:
-            at_end: Any = threading
-            at_end._register_atexit(self.stop)
-        except RuntimeError:
-            self._pending.pop()
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
+        self._wakeup = Wakeup(self._shared.reactor)
+        self._thread = thread
         try:
             thread.start()
-        except BaseException:
-            self._pending.pop()
+        except Exception:  # but not Ctrl-C, which interrupts the waiting for what has started
+            self._thread = None
+            wakeup, self._wakeup = self._wakeup, None
+            wakeup.close()
             raise
-        self._thread = thread
+        _engines.add(self)
 
     def stop(self, *, cancel: bool = False) -> None:
         """Take no more work; end once what is there is done, or now for what is pending."""
+        if self._foreign:
+            return
+        dropped: OrderedDict[Promise[Any], _Call] = OrderedDict()
         with self._lock:
             self.stopping = True
-            cancelled = list(self._pending) if cancel else []
-            for work in cancelled:
-                self._pending.remove(work)
-            started = self._thread is not None
-        for work in cancelled:
-            # Cancelled and told so, as wait() and as_completed() expect of a dropped future.
-            if work.future.cancel():
-                work.future.set_running_or_notify_cancel()
-        if started:
-            self._shared.reactor.notify(self._sink)
-        else:
-            self._close()
+            if cancel:
+                dropped, self._pending = self._pending, dropped
+            wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.ring()
+        elif self._owns:
+            self._shared.reactor.close()
+        for promise in dropped:
+            promise.drop()
 
     def join(self) -> None:
         """Wait for the thread to end; does nothing on that thread itself."""
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread() and not self._foreign:
-            thread.join()
+        if thread is not None and thread is not threading.current_thread():
+            with self.awaiting(self):
+                thread.join()
+
+    def forget(self, promise: Promise[Any]) -> bool:
+        """Drop a call that was cancelled; True if it was pending, so that it is the caller's."""
+        if self._foreign:
+            return False
+        with self._lock:
+            call = self._pending.pop(promise, None)
+            wakeup = self._wakeup
+        if call is None:
+            return False
+        if wakeup is not None:
+            wakeup.ring()  # it may have been the last one, or the one that sleep_fn held up
+        return True
+
+    def awaiting(self, target: object) -> Any:
+        """Return the context in which to wait without a timeout for a promise, or for the end."""
+        return self._patience.awaiting(target, self)
 
     def signal_workers(self, number: int) -> None:
-        """Send a signal to each running worker."""
-        for future in list(self._running):
-            future._send(number)
+        """Send a signal to each worker, also to one that is about to start."""
+        self._signal = number
+        with self._shared.reactor.lock:
+            jobs = list(self._running)
+        for job in jobs:
+            job._send(number)
+
+    def seek(self) -> bool:
+        """Have the thread look for a slot anew; says whether anything wants one."""
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.ring()
+        return bool(self._pending)
 
     def counts(self) -> tuple[int, int]:
         """Return how many calls are pending and running."""
         return len(self._pending), len(self._running)
 
+    # The thread
+
     def _serve(self) -> None:
-        reactor = self._shared.reactor
         try:
-            while not self._finished():
-                seeks = bool(self._pending) and self._lease is None
-                gated = seeks and self._not_before > time.monotonic()
-                seeks = seeks and not gated
-                reactor.wait(
-                    self._test_seeking if seeks else self._test,
-                    self._not_before if gated else None,
-                    target=self._sink,
-                    arm=reactor.slots.filenos() if seeks and not reactor.closed else (),
-                    tick=_TICK if seeks else None,
-                    on_tick=reactor.slots.sweep,
-                )
+            while not self._over():
+                self._wait()
                 self._turn()
-        except BaseException as error:  # noqa: BLE001  # else every future would wait for ever
+        except BaseException as error:  # noqa: BLE001  # else every promise would be waited for in vain
             self._break(f"the executor's thread has failed: {error!r}", error)
         finally:
             self._close()
 
-    def _turn(self) -> None:
-        while self._sink:
-            self._complete(self._sink.popleft())
-        if self._lease is not None:
-            lease, self._lease = self._lease, None
-            self._launch(lease)
+    def _over(self) -> bool:
+        if not self.stopping and self.broken is None:
+            return False
+        return not (self._pending or self._running)
 
-    def _test(self) -> bool:
-        """Called under the reactor's lock: is there anything to do other than to launch?"""
-        idle_end = self.stopping and not self._running and not self._pending
-        gate_over = bool(self._pending) and self._not_before <= time.monotonic()
-        return bool(self._sink) or idle_end or gate_over
+    def _wait(self) -> None:
+        reactor, wakeup = self._shared.reactor, self._wakeup
+        assert wakeup is not None  # noqa: S101  # made before the thread
+        head = self._head()
+        if head is not None and head.admitted:
+            reactor.wait(
+                self._found,
+                None,
+                target=self._sink,
+                arm=(wakeup.fileno(), *reactor.slots.filenos()),
+                tick=_TICK,
+                on_tick=reactor.slots.sweep,
+            )
+        else:
+            # An endless pause (inf) is slept in days, which epoll can count.
+            alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
+            reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),))
 
-    def _test_seeking(self) -> bool:
-        if self._sink or not self._pending:
+    def _due(self) -> bool:
+        wakeup = self._wakeup
+        return bool(self._sink) or (wakeup is not None and wakeup.rung)
+
+    def _found(self) -> bool:
+        if self._due() or not self._pending or self._shared.closed:
             return True
-        if self._shared.closed:
-            raise RuntimeError("Jobserver is closed")
-        self._lease = self._shared.slots.try_take()
+        self._lease = self._shared.slots.try_take() or self._patience.lend()
         return self._lease is not None
 
-    def _finished(self) -> bool:
-        return (self.stopping or self.broken is not None) and not (self._pending or self._running)
+    def _turn(self) -> None:
+        if self._wakeup is not None:
+            self._wakeup.quiet()
+        while self._sink:
+            self._complete(self._sink.popleft())
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._launch(lease)
+        elif self._shared.closed:
+            self._drop_pending(RuntimeError("Jobserver is closed"))
 
-    def _admits(self) -> bool:
-        sleep_fn = self.jobserver._sleep_fn
-        pause = None if sleep_fn is None else check_pause(sleep_fn())
-        if pause is None:
-            return True
-        self._not_before = time.monotonic() + min(pause, 86400.0)
-        return False
-
-    def _launch(self, lease: Lease) -> None:
-        """Start the next call that is not cancelled on ``lease``."""
-        admission = self._shared.admission
-        try:
-            admitted = bool(self._pending) and self._admits()
-        except Exception as error:  # noqa: BLE001  # sleep_fn's own: told to the call it was asked for
-            admission.give_back(lease)
-            work = self._next()
-            if work is not None:
-                work.future.set_exception(error)
-            return
-        work = self._next() if admitted else None
-        if work is None:
-            admission.give_back(lease)
-            return
-        js = self.jobserver
-        fn, args, kwargs = work.fn, work.args, work.kwargs
-        if self._initializer is not None:
-            fn, args, kwargs = self._initializer, (fn, args, kwargs), {}
-        task = Task(fn, args, kwargs, js._env, js._preexec_fn)
-        try:
-            running = self._shared.start(task, lease, lends=js._lend, sink=self._sink)
-        except Exception as error:  # noqa: BLE001
-            work.future.set_exception(error)
-            return
-        self._running[running] = work.future
-
-    def _next(self) -> Optional[_Work]:
+    def _head(self) -> Optional[Promise[Any]]:
+        """Return the next promise, after asking the Jobserver's sleep_fn about it if it is time."""
+        gate = self.jobserver._sleep_fn
         while True:
             with self._lock:
-                if not self._pending:
-                    return None
-                work = self._pending.popleft()
-            if work.future.set_running_or_notify_cancel():
-                return work
+                head = next(iter(self._pending), None)
+            if head is None or head.admitted or head.asks_at > time.monotonic():
+                return head
+            try:
+                pause = None if gate is None else check_pause(gate())
+            except BaseException as error:  # noqa: BLE001  # told to the call that it was asked for
+                self._settle(head, error)
+                continue
+            if pause is None:
+                head.admitted = True
+            else:
+                head.asks_at = time.monotonic() + pause
 
-    def _complete(self, done: Future[Any]) -> None:
+    def _next(self) -> Optional[tuple[Promise[Any], _Call]]:
+        """Take out the next call, if sleep_fn has let it in, and if it is not being cancelled."""
+        while True:
+            with self._lock:
+                head = next(iter(self._pending), None)
+                if head is None or not head.admitted:
+                    return None
+                call = self._pending.pop(head)
+            if head.told():
+                return head, call
+
+    def _launch(self, lease: Lease) -> None:
+        """Start the next call on ``lease``."""
+        found = self._next()
+        if found is None:
+            self._shared.admission.give_back(lease)
+            return
+        promise, call = found
+        try:
+            job = self._shared.start(
+                self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
+            )
+        except BaseException as error:  # noqa: BLE001
+            promise.resolve(None, standard(error))
+            return
+        with self._shared.reactor.lock:
+            self._running[job] = promise
+            promise.job = job
+            self._patience.started(promise)
+        if self._signal is not None:
+            job._send(self._signal)
+
+    def _task(self, call: _Call) -> Task:
+        fn, args, kwargs = call
+        if self._initializer is not None:
+            fn, args, kwargs = self._initializer, tuple(call), {}
+        return Task(fn, args, kwargs, self.jobserver._env, self.jobserver._preexec_fn)
+
+    def _complete(self, job: Future[Any]) -> None:
         # A very short job may be in the sink before `start` has returned; that is this thread, so
         # it is in `_running` by the time the sink is looked at.
-        future = self._running.pop(done)
-        outcome = done._outcome
+        with self._shared.reactor.lock:
+            promise = self._running.pop(job)
+            if promise is not None:
+                self._patience.ended(promise)
+        outcome = job._outcome
         assert outcome is not None  # noqa: S101  # that is what being in the sink means
+        if promise is None:
+            return
         try:
             value = outcome.get()
-        except InitializerFailed as error:
-            failure = BrokenProcessPool("an initializer has failed: the executor is broken")
-            failure.__cause__ = error.__cause__
-            future.set_exception(failure)
-            self._break(str(failure), error)
-        except SubmissionDied as death:
-            raised = death
-            if type(death) is SubmissionDied and done._died():
-                raised = WorkerDied(death.exitcode, death.detail)
-                raised.__cause__ = death.__cause__
-            future.set_exception(raised)
+        except InitializerFailed as failed:
+            why = "an initializer has failed: the executor is broken"
+            promise.resolve(None, _broken(why, failed.__cause__))
+            self._break(why, failed.__cause__)
         except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)
+            promise.resolve(None, standard(error, died=outcome.died))
         else:
-            future.set_result(value)
+            promise.resolve(value)
 
-    def _break(self, why: str, error: BaseException) -> None:
+    def _settle(self, promise: Promise[Any], error: BaseException) -> None:
+        """Fail a pending call, unless it is cancelled."""
+        with self._lock:
+            owned = self._pending.pop(promise, None) is not None
+        if owned and promise.told():
+            promise.resolve(None, error)
+
+    def _drop_pending(self, error: BaseException) -> None:
+        while self._pending:
+            with self._lock:
+                promise = next(iter(self._pending), None)
+            if promise is not None:
+                self._settle(promise, error)
+
+    def _break(self, why: str, error: Optional[BaseException]) -> None:
+        """Fail everything. The thread goes on until the workers are gone."""
         with self._lock:
             self.broken = why
-            left = [work.future for work in self._pending]
-            self._pending.clear()
-        running = list(self._running.items())
-        self._running.clear()
-        for job, future in running:
-            job._sink = None
+        with self._shared.reactor.lock:
+            running = list(self._running.items())
+            self._running = dict.fromkeys(self._running)
+            for _, promise in running:
+                if promise is not None:
+                    self._patience.ended(promise)
+        for job, promise in running:
             job._send(SIGKILL)
-            left.append(future)
-        for future in left:
-            failure = BrokenProcessPool(why)
-            failure.__cause__ = error
-            if future.running() or future.set_running_or_notify_cancel():
-                future.set_exception(failure)
+            if promise is not None:
+                promise.resolve(None, _broken(why, error))
+        self._drop_pending(_broken(why, error))
 
     def _close(self) -> None:
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = True
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._shared.admission.give_back(lease)
+        if self._wakeup is not None:
+            self._wakeup.close()
         if self._owns:
             self._shared.reactor.reap_lingering(_LINGER)
             self._shared.reactor.close()
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The thread is the parent's."""
-        self._lock = threading.Lock()
         self._foreign = True
+        self._lock = threading.RLock()
         self._thread = None
-        self._ended = True
+        _engines.discard(self)
+
+
+def _broken(why: str, cause: Optional[BaseException]) -> BrokenProcessPool:
+    failure = BrokenProcessPool(why)
+    failure.__cause__ = cause
+    return failure
+
+
+def _at_exit() -> None:
+    """Let all executors finish their work, as the standard library does, before threads are joined."""
+    global _ended_in  # noqa: PLW0603
+    _ended_in = os.getpid()
+    engines = list(_engines)
+    for engine in engines:
+        engine.stop()
+    for engine in engines:
+        engine.join()
+
+
+_at_end: Any = threading
+_at_end._register_atexit(_at_exit)

@@ -49,14 +49,14 @@ class Reactor:
 
     def __init__(self, slots: SlotPool) -> None:
         self.slots = slots
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
         # Futures that this job, having lent its slot, waits for: it goes on with their slot.
         self.claimed: set[Future[Any]] = set()
         # Threads that wait for this job's own slot to come back from anywhere.
-        self.starving = 0
-        self.closed = False
+        self.starving: int = 0
+        self.closed: bool = False
         self._dropped = False  # there is no handle any more that could submit
         self.running: dict[Future[Any], Flight] = {}
         self._watched: dict[int, Flight] = {}
@@ -350,8 +350,8 @@ class _Sleeper:
 def _pause(deadline: Optional[float], tick: Optional[float]) -> Optional[float]:
     if deadline is None:
         return tick
-    remaining = deadline - time.monotonic()
-    return remaining if tick is None else min(remaining, tick)
+    # A day at a time: neither epoll nor a lock can count to the end of a very long timeout.
+    return min(deadline - time.monotonic(), 86400.0 if tick is None else tick)
 
 
 def active_reactors() -> list[Reactor]:

@@ -25,6 +25,7 @@ from ._launch import Launcher, launcher_for
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
 from ._slots._lease import Lease
+from ._slots._makeflags import Unusable, open_outer
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
 from ._worker._task import Task
@@ -57,10 +58,12 @@ class Shared:
     def create(cls, context: Context, slots: Optional[int]) -> Shared:
         """Make a pool of its own."""
         found = resolve_context(context)
-        count = default_slots() if slots is None else check_slots(slots)
+        if slots is not None:
+            check_slots(slots)
         for reactor in active_reactors():
             reactor.reap()  # also those that nobody will ask any more
-        return cls(SlotPool.create(count), found)
+        pool = default_pool() if slots is None else SlotPool.create(slots)
+        return cls(pool, found)
 
     @property
     def closed(self) -> bool:
@@ -216,6 +219,18 @@ def resolve_context(context: Context) -> BaseContext:
     return multiprocessing.get_context(context)
 
 
-def default_slots() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0))
+def default_pool() -> SlotPool:
+    """Join the outer make's pool, if there is one; else make one as large as the CPUs allow."""
+    try:
+        outer = open_outer(os.environ.get("MAKEFLAGS", ""))
+    except Unusable as why:
+        warnings.warn(
+            f"the outer jobserver in MAKEFLAGS cannot be used: {why}."
+            " Using as many slots as this process may use CPUs",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        outer = None
+    if outer is not None:
+        return SlotPool.join(outer)
+    return SlotPool.create(len(os.sched_getaffinity(0)))

@@ -39,9 +39,9 @@ class Lease:
     def __init__(
         self, pool: SlotPool, fd: int, berth: int, section: Section, token: bytes = b""
     ) -> None:
-        self.pool = pool
-        self.section = section
-        self.berth = berth
+        self.pool: SlotPool = pool
+        self.section: Section = section
+        self.berth: int = berth
         self._fd = fd
         self._token = token
         self._epoch = epoch()

@@ -21,6 +21,7 @@ from typing import Any, Optional
 from jobserver import _forking
 
 from ._lease import Lease
+from ._makeflags import Outer
 from ._section import Section, new_fifo, ring_of, write_all
 from ._splice import waiting_bytes
 
@@ -37,9 +38,9 @@ class SlotPool:
 
     def __init__(self, slots: int, sections: list[Section]) -> None:
         self.slots = slots
-        self.sections = sections
+        self.sections: list[Section] = sections
         self.held_fds: set[int] = set()
-        self.key = _identity(sections[0].pipe)
+        self.key: tuple[int, int] = _identity(sections[0].pipe)
         _forking.track(self)
 
     @classmethod
@@ -55,10 +56,7 @@ class SlotPool:
                 opened.append(new_fifo(size + 1))
                 size = min(size, max(ring_of(opened[-1]) - 1, _MARGIN))
                 wanted = 2 * size + _MARGIN if slots <= _AMPLE else size + _MARGIN
-                section = Section(opened[-1], [])
-                for _ in range(min(wanted, budget)):
-                    opened.append(new_fifo(1))
-                    section.berths.append(opened[-1])
+                section = Section(opened[-1], _open_berths(min(wanted, budget), opened))
                 budget -= len(section.berths)
                 write_all(section.pipe, b"+" * size)
                 sections.append(section)
@@ -71,6 +69,25 @@ class SlotPool:
                 f"cannot open the descriptors that {slots} slots need"
                 f" ({os.strerror(error.errno or 0)}): raise RLIMIT_NOFILE or use fewer slots",
             ) from error
+        return cls(slots, sections)
+
+    @classmethod
+    def join(cls, outer: Outer) -> SlotPool:
+        """Take part in an outer pool, with the implicit slot that every started command owns."""
+        slots = outer.slots or len(os.sched_getaffinity(0))
+        opened = [outer.fd]
+        try:
+            opened.append(new_fifo(1))
+            # The implicit slot is the first to be used: it costs nobody else anything.
+            sections = [
+                Section(opened[1], _open_berths(_MARGIN, opened)),
+                Section(outer.fd, _open_berths(min(2 * slots + _MARGIN, _budget()), opened)),
+            ]
+            write_all(opened[1], b"+")
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
         return cls(slots, sections)
 
     def filenos(self) -> list[int]:
@@ -142,6 +159,13 @@ class SlotPool:
         dup = reduction.DupFd
         fds = [[dup(fd) for fd in (part.pipe, *part.berths)] for part in self.sections]
         return _rebuild, (self.slots, fds)
+
+
+def _open_berths(count: int, opened: list[int]) -> list[int]:
+    """Open berths, noting each in ``opened`` for the case that a later one cannot be."""
+    for _ in range(count):
+        opened.append(new_fifo(1))  # noqa: PERF401
+    return opened[len(opened) - count :]
 
 
 def _rebuild(slots: int, handed: list[list[Any]]) -> SlotPool:

@@ -20,10 +20,10 @@ from typing import Optional
 
 from ._splice import move_byte, waiting_bytes
 
-_OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-_F_SETPIPE_SZ = 1031
+OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+F_SETPIPE_SZ = 1031
 _F_GETPIPE_SZ = 1032
-_PAGE = os.sysconf("SC_PAGESIZE")
+PAGE = os.sysconf("SC_PAGESIZE")
 
 
 class Section:
@@ -95,7 +95,7 @@ class Section:
 
     def _open(self, berth: int) -> int:
         """Open a new description, whose lock is nobody else's."""
-        return os.open(f"/proc/self/fd/{self.berths[berth]}", _OPEN_FLAGS)
+        return os.open(f"/proc/self/fd/{self.berths[berth]}", OPEN_FLAGS)
 
 
 def lock(fd: int) -> bool:
@@ -116,7 +116,7 @@ def _moved(source: int, target: int) -> bool:
 
 def _compact(pipe: int) -> None:
     with contextlib.suppress(BlockingIOError):
-        tokens = os.read(pipe, _PAGE)
+        tokens = os.read(pipe, PAGE)
         write_all(pipe, tokens)
 
 
@@ -124,19 +124,19 @@ def new_fifo(pages: int) -> int:
     """Open an anonymous FIFO of ``pages`` pages: one descriptor, both ends, non-blocking."""
     reader, writer = os.pipe()
     try:
-        fd = os.open(f"/proc/self/fd/{reader}", _OPEN_FLAGS)
+        fd = os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS)
     finally:
         os.close(reader)
         os.close(writer)
     # Refused to the unprivileged beyond 256 pages, or over their quota: see `ring_of`.
     with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, _F_SETPIPE_SZ, pages * _PAGE)
+        fcntl.fcntl(fd, F_SETPIPE_SZ, pages * PAGE)
     return fd
 
 
 def ring_of(fd: int) -> int:
     """Return of how many pages the ring of a pipe is: so many spliced bytes have room."""
-    return fcntl.fcntl(fd, _F_GETPIPE_SZ) // _PAGE
+    return fcntl.fcntl(fd, _F_GETPIPE_SZ) // PAGE
 
 
 def write_all(fd: int, data: bytes) -> None:

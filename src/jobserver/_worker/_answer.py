@@ -24,10 +24,10 @@ def answer_of(call: Callable[[], Any]) -> Answer:
     """Call, and pickle what comes of it at once, as what follows may change the object."""
     try:
         value = call()
-    except Exception as error:  # noqa: BLE001  # it is the user's, and goes to the caller
-        return raised(error)
-    except BaseException as error:  # noqa: BLE001
+    except (SystemExit, KeyboardInterrupt) as error:
         return died(error)
+    except BaseException as error:  # noqa: BLE001  # it is the user's, and goes to the caller
+        return raised(error)
     try:
         return Answer(RESULT, "", dump(value))
     except Exception as error:  # noqa: BLE001
@@ -36,12 +36,12 @@ def answer_of(call: Callable[[], Any]) -> Answer:
         return died(error)
 
 
-def raised(error: Exception) -> Answer:
+def raised(error: BaseException) -> Answer:
     """Return the answer for an exception that fn has raised."""
     return _raised(error, _text_of(error))
 
 
-def _raised(error: Exception, text: str) -> Answer:
+def _raised(error: BaseException, text: str) -> Answer:
     try:
         return Answer(RAISED, text, dump(error))
     except Exception as why:  # noqa: BLE001

@@ -4,14 +4,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Callable, NamedTuple
-
-_LOGGER = logging.getLogger("concurrent.futures")
 
 
 class InitializerFailed(Exception):
-    """The initializer has raised; its exception is the cause."""
+    """The initializer has raised; the text names what."""
 
 
 class Initializer(NamedTuple):
@@ -27,6 +24,9 @@ class Initializer(NamedTuple):
         try:
             self.initializer(*self.initargs)
         except BaseException as error:
-            _LOGGER.critical("Exception in initializer:", exc_info=True)
+            import logging
+
+            logger = logging.getLogger("concurrent.futures")
+            logger.critical("Exception in initializer:", exc_info=True)
             raise InitializerFailed(repr(error)) from error
         return fn(*args, **kwargs)

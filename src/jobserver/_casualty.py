@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+What an executor raises where ``concurrent.futures.ProcessPoolExecutor`` would raise something else
+than a Jobserver does.
+
+A worker's death is told in both vocabularies: it is the SubmissionDied that a Jobserver's Future
+raises and the BrokenProcessPool that the standard library's raises. Likewise ``sys.exit`` and
+Ctrl-C in a job, which the standard library hands through as they are.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ._errors import SubmissionDied
+
+
+class WorkerDied(SubmissionDied, BrokenProcessPool):
+    """SubmissionDied as an executor raises it: can be caught as BrokenProcessPool, too."""
+
+
+class WorkerExited(WorkerDied, SystemExit):
+    """The job has called ``sys.exit``: can be caught as SystemExit, too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.exitcode, self.detail), {"code": self.code}
+
+
+class WorkerInterrupted(WorkerDied, KeyboardInterrupt):
+    """Ctrl-C has reached the job: can be caught as KeyboardInterrupt, too."""
+
+
+def death_of(death: SubmissionDied) -> BaseException:
+    """Return what an executor raises for the death of a worker."""
+    cause = death.__cause__
+    told: BaseException
+    if isinstance(cause, SystemExit):
+        told = WorkerExited(death.exitcode, death.detail)
+        told.code = cause.code
+    elif isinstance(cause, KeyboardInterrupt):
+        told = WorkerInterrupted(death.exitcode, death.detail)
+    elif cause is None or isinstance(cause, Exception):
+        told = WorkerDied(death.exitcode, death.detail)
+    else:
+        return cause  # such as asyncio.CancelledError
+    told.__cause__ = cause
+    return told

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+The futures of an executor: the standard library's, and they know who is going to resolve them.
+
+Guarantees:
+
+* Whoever takes a promise out of what is pending, and nobody else, tells its waiters what comes next.
+* A cancelled promise is forgotten at once: its waiters are told, its arguments are let go.
+* A promise that is done refers to its result alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from concurrent.futures import Future as StdFuture
+from typing import TYPE_CHECKING, Any, ContextManager, Optional, TypeVar
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+    from ._future import Future
+
+T = TypeVar("T")
+
+
+class Promise(StdFuture[T]):
+    """
+    What ``JobserverExecutor.submit`` returns.
+
+    Inside a job, ``result()`` and ``exception()`` without a timeout lend the job's own slot while
+    the executor finds no other, as ``Jobserver.submit`` does. ``concurrent.futures.wait`` and
+    ``as_completed`` do not.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine: Optional[Engine] = engine  # until done
+        self.job: Optional[Future[Any]] = None  # while running
+        # What the sleep_fn of the Jobserver has said about this call.
+        self.admitted = False
+        self.asks_at = 0.0
+
+    def cancel(self) -> bool:
+        """Cancel the call, unless it is running or done; says whether it is cancelled now."""
+        cancelled = super().cancel()
+        engine = self.engine
+        if cancelled and engine is not None and engine.forget(self):
+            self.told()
+        return cancelled
+
+    def drop(self) -> None:
+        """Cancel the call, which is no more pending, and tell those who wait for it."""
+        if super().cancel():
+            self.told()
+
+    def told(self) -> bool:
+        """Become running, or tell the waiters that this is cancelled; for the owner alone."""
+        if self.set_running_or_notify_cancel():
+            return True
+        self.engine = None
+        return False
+
+    def resolve(self, value: Any, error: Optional[BaseException] = None) -> None:
+        """Set the result, or the exception, and call the callbacks."""
+        try:
+            if error is None:
+                self.set_result(value)
+            else:
+                self.set_exception(error)
+        except BaseException:  # noqa: BLE001
+            # A callback wants to end the thread (SystemExit), which others need; or the user has
+            # set a result by hand. It is told as any failure of a thread is.
+            kind, caught, traceback = sys.exc_info()
+            args: Any = (kind, caught, traceback, threading.current_thread())
+            threading.excepthook(threading.ExceptHookArgs(args))
+        finally:
+            self.engine = self.job = None
+
+    def result(self, timeout: Optional[float] = None) -> T:
+        """Return what the call returned, or raise what it raised; TimeoutError if not in time."""
+        try:
+            with self._patience(timeout):
+                return super().result(timeout)
+        finally:
+            del self  # else the exception, its traceback, this frame and the promise are a cycle
+
+    def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
+        """Return what the call raised, None for nothing; TimeoutError if not in time."""
+        with self._patience(timeout):
+            return super().exception(timeout)
+
+    def _patience(self, timeout: Optional[float]) -> ContextManager[Any]:
+        engine = self.engine
+        if engine is None or self.done():
+            return contextlib.nullcontext()
+        engine.refuse_foreign()
+        return contextlib.nullcontext() if timeout is not None else engine.awaiting(self)

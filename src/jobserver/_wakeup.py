@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Wake a thread that waits in a reactor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from . import _forking
+from ._slots._section import new_fifo
+
+if TYPE_CHECKING:
+    from ._reactor import Reactor
+
+
+class Wakeup:
+    """
+    A descriptor that is readable from ``ring`` to ``quiet``.
+
+    ``ring`` takes no lock that its caller could hold: it works inside the garbage collector, which
+    may run in any thread, at any instant.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.rung = False
+        self._reactor = reactor
+        self._lock = threading.RLock()
+        with _forking.launch_lock():
+            self._fd = new_fifo(1)
+            _forking.track(self)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def ring(self) -> None:
+        """Wake the thread, now or when it next waits."""
+        with self._lock:
+            if not self.rung and self._fd >= 0:
+                try:
+                    os.write(self._fd, b"!")
+                finally:
+                    self.rung = True
+
+    def quiet(self) -> None:
+        """Take back all rings so far. Look at what has changed after this, not before."""
+        with self._lock:
+            if self.rung:
+                self.rung = False
+                with contextlib.suppress(BlockingIOError):  # Ctrl-C hit the ringer before its write
+                    os.read(self._fd, 64)
+
+    def close(self) -> None:
+        """Close the descriptor; to ring does nothing from now on."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            self.rung = False
+        if fd < 0:
+            return
+        reactor = self._reactor
+        with reactor.lock:
+            # The next descriptor of this number must be armed anew. And closing alone is not enough:
+            # a process that is just being forked may share the description.
+            reactor._armed.discard(fd)
+            if reactor._epoll is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    reactor._epoll.unregister(fd)
+        os.close(fd)
+
+    def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
+        """The thread is the parent's."""
+        self._lock = threading.RLock()
+        fd, self._fd = self._fd, -1
+        self.rung = False
+        if fd >= 0:
+            os.close(fd)
