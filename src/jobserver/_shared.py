@@ -228,7 +228,7 @@ def default_pool() -> SlotPool:
             f"the outer jobserver in MAKEFLAGS cannot be used: {why}."
             " Using as many slots as this process may use CPUs",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
         outer = None
     if outer is not None:
