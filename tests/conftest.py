@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Fixtures for all tests: start methods, a gate for jobs, and a check that nothing leaks."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.resource_tracker
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable
+
+import pytest
+
+# The tests are not a package: workers find the job functions as the module `helpers`, so the path
+# must hold before it is imported, here and, handed down by the start methods, there.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers import METHODS, Gate, descendants, nothing, open_fds  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# A test run that was itself started by make must not join make's pool.
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(_name, None)
+
+#: Seconds that processes and descriptors get to vanish after a test.
+GRACE = 5.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --slow, for tests that need minutes or gigabytes."""
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks that these tests use."""
+    config.addinivalue_line("markers", "contract(*ids): clauses of docs/contract.md guarded")
+    config.addinivalue_line("markers", "slow: needs minutes or gigabytes; run with --slow")
+    # Python 3.12 and later warn about each fork of a process with threads. Forking with threads
+    # is what several tests are about.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip slow tests unless --slow or an explicit -m asks for them."""
+    if config.getoption("--slow") or "slow" in config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    """Each start method in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def make_gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Gate]]:
+    """Makes gates for jobs, open at the latest when the test ends."""
+    gates: list[Gate] = []
+
+    def make() -> Gate:
+        gates.append(Gate(tmp_path_factory.mktemp("gate")))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()
+
+
+@pytest.fixture
+def gate(make_gate: Callable[[], Gate]) -> Gate:
+    """A gate for jobs, open at the latest when the test ends."""
+    return make_gate()
+
+
+@pytest.fixture(scope="session")
+def warm() -> None:
+    """Start what the library and multiprocessing keep for the life of a process.
+
+    After this the numbers of descriptors and children are the same before and after each test.
+    """
+    from jobserver import Jobserver
+
+    multiprocessing.resource_tracker.ensure_running()
+    for name in METHODS:
+        with Jobserver(name, 1) as js:
+            js.submit(nothing).result()
+        del js
+    gc.collect()
+
+
+class _State:
+    """Descriptors, descendants and threads of this process at one moment."""
+
+    def __init__(self) -> None:
+        self.fds: dict[int, str] = open_fds()
+        self.processes: dict[int, str] = descendants()
+        self.threads = set(threading.enumerate())
+
+    def surplus(self, before: _State) -> list[str]:
+        """What is here and was not before, in words."""
+        found = [
+            f"descriptor {fd}: {what}"
+            for fd, what in self.fds.items()
+            if before.fds.get(fd) != what
+        ]
+        if len(self.fds) <= len(before.fds):
+            # Renumbered or replaced, such as a process that was started again: not a leak.
+            found.clear()
+        found += [
+            f"process {pid} in state {state}"
+            for pid, state in self.processes.items()
+            if pid not in before.processes
+        ]
+        found += [f"{thread}" for thread in self.threads - before.threads]
+        return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest, warm: None) -> Iterator[None]:
+    """Fail a test that leaves a descriptor, a process or a thread behind."""
+    gc.collect()
+    before = _State()
+    yield
+    deadline = time.monotonic() + GRACE
+    while True:
+        gc.collect()
+        surplus = _State().surplus(before)
+        if not surplus:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    pytest.fail("left behind:\n  " + "\n  ".join(surplus))

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Future.when_done: when callbacks run, in which order, and what becomes of their exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Callable
+
+import pytest
+from helpers import (
+    PATIENCE,
+    Gate,
+    add,
+    await_end,
+    chain_text,
+    fail,
+    free_slots,
+    identity,
+    nothing,
+    worker_pid,
+)
+
+from jobserver import Blocked, CallbackRaised, Future, Jobserver, SubmissionDied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class OwnInterrupt(BaseException):
+    """Like KeyboardInterrupt: no Exception."""
+
+
+def observe(js: Jobserver, future: Future[Any], how: str) -> None:
+    """Let the named call observe the end of a job."""
+    calls: dict[str, Callable[[], object]] = {
+        "done": lambda: future.done(PATIENCE),
+        "wait": lambda: future.wait(PATIENCE),
+        "result": lambda: future.result(PATIENCE),
+        "submit": lambda: js.submit(nothing, timeout=PATIENCE).wait(PATIENCE),
+        "reclaim_resources": js.reclaim_resources,
+    }
+    calls[how]()
+
+
+OBSERVERS = ["done", "wait", "result", "submit", "reclaim_resources"]
+
+
+@pytest.mark.contract("F13", "H2", "S15")
+@pytest.mark.parametrize("how", OBSERVERS)
+def test_called_when_completion_is_observed(how: str) -> None:
+    """Not the end of the job but its observation, by whatever call, issues the callbacks."""
+    js = Jobserver("fork", 1)
+    seen: list[tuple[int, str]] = []
+    future = js.submit(nothing)
+    future.when_done(lambda: seen.append((threading.get_ident(), "called")))
+    await_end(worker_pid(future))
+    assert seen == []
+
+    observe(js, future, how)
+
+    assert seen == [(threading.get_ident(), "called")]
+
+
+@pytest.mark.contract("F13", "F15", "F18")
+def test_order_arguments_and_numbers(method: str) -> None:
+    """Callbacks run in registration order with just their own arguments, numbered from 0."""
+    calls: list[Any] = []
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    with Jobserver(method, 1) as js:
+        future = js.submit(identity, args=(1,))
+        numbers = [
+            future.when_done(note),
+            future.when_done(note, 1, 2, fn=3, self=4),
+            future.when_done(note, future),
+        ]
+        assert future.wait(PATIENCE)
+        numbers.append(future.when_done(note, "late"))
+
+    assert numbers == [0, 1, 2, 3]
+    assert calls == [((), {}), ((1, 2), {"fn": 3, "self": 4}), ((future,), {}), (("late",), {})]
+
+
+@pytest.mark.contract("F13", "H13")
+def test_called_on_the_observing_thread() -> None:
+    """The thread that observes the end runs the callback, whoever registered it."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    seen: list[int] = []
+    future.when_done(lambda: seen.append(threading.get_ident()))
+    thread = threading.Thread(target=future.wait)
+    thread.start()
+    ident = thread.ident
+    thread.join(PATIENCE)
+
+    assert future.done()
+    assert seen == [ident]
+
+
+@pytest.mark.contract("F13")
+def test_called_exactly_once() -> None:
+    """Observing again does not call again."""
+    js = Jobserver("fork", 1)
+    seen: list[int] = []
+    future = js.submit(nothing)
+    future.when_done(seen.append, 1)
+    for how in OBSERVERS * 2:
+        observe(js, future, how)
+
+    assert seen == [1]
+
+
+@pytest.mark.contract("F13", "F9")
+def test_called_for_every_end(gate: Gate) -> None:
+    """Callbacks run for values, exceptions and deaths alike."""
+    js = Jobserver("fork", 2)
+    seen: list[str] = []
+    failed = js.submit(fail, args=(ValueError, "x"))
+    failed.when_done(seen.append, "failed")
+    killed = js.submit(gate.enter)
+    killed.when_done(seen.append, "killed")
+    assert failed.wait(PATIENCE)
+    assert killed.wait(PATIENCE, signal=9)
+
+    assert seen == ["failed", "killed"]
+    with pytest.raises(SubmissionDied):
+        killed.result()
+
+
+@pytest.mark.contract("F14")
+def test_at_once_when_done() -> None:
+    """A callback for a Future that is done is called before when_done returns."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    future.wait(PATIENCE)
+    seen: list[int] = []
+
+    assert future.when_done(seen.append, 5) == 0
+
+    assert seen == [5]
+
+
+@pytest.mark.contract("F14", "F19", "F20")
+def test_when_done_raises_callback_raised_itself() -> None:
+    """A callback that fails at once surfaces from when_done; it was registered nevertheless."""
+    js = Jobserver("fork", 1)
+    future = js.submit(identity, args=(1,))
+    future.wait(PATIENCE)
+
+    with pytest.raises(CallbackRaised) as caught:
+        future.when_done(int, "no number")
+    assert caught.value.seqno == 0
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert future.when_done(nothing) == 1
+    assert future.result(0) == 1
+
+
+@pytest.mark.contract("F13")
+@pytest.mark.parametrize("fn", [None, 5, "len"])
+def test_callback_must_be_callable(fn: Any) -> None:
+    """What cannot be called is refused when it is registered."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+
+    with pytest.raises(TypeError):
+        future.when_done(fn)
+    assert future.when_done(nothing) == 0
+    assert future.wait(PATIENCE)
+
+
+@pytest.mark.contract("F16")
+def test_callbacks_may_register_callbacks() -> None:
+    """A callback registered by a callback runs too, after those registered before."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    seen: list[str] = []
+
+    def first() -> None:
+        seen.append("first")
+        future.when_done(seen.append, "third")
+
+    future.when_done(first)
+    future.when_done(seen.append, "second")
+    assert future.wait(PATIENCE)
+
+    assert sorted(seen) == ["first", "second", "third"]
+    assert seen[0] == "first"
+
+
+@pytest.mark.contract("F16")
+@pytest.mark.parametrize("when", ["running", "done"])
+def test_chain_of_callbacks_without_recursion(when: str) -> None:
+    """A chain of callbacks, each registering the next, may be longer than the stack is deep."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    length = 3 * sys.getrecursionlimit()
+    count = 0
+
+    def link() -> None:
+        nonlocal count
+        count += 1
+        if count < length:
+            future.when_done(link)
+
+    if when == "done":
+        future.wait(PATIENCE)
+    future.when_done(link)
+    assert future.wait(PATIENCE)
+
+    assert count == length
+
+
+@contextlib.contextmanager
+def shallow_stack(depth: int) -> Iterator[None]:
+    """Allow only so many frames above the present one."""
+    here, frame = 0, sys._getframe()
+    while frame is not None:
+        here, frame = here + 1, frame.f_back  # type: ignore[assignment]
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(here + depth)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(usual)
+
+
+@pytest.mark.contract("F16")
+def test_callbacks_that_observe_other_futures() -> None:
+    """Callbacks that wait for a Future whose callbacks wait for the next: no recursion limit."""
+    js = Jobserver("fork", 2)
+    seen: list[int] = []
+    futures = [js.submit(identity, args=(n,), consume=0) for n in range(60)]
+
+    def follow(number: int) -> None:
+        seen.append(number)
+        if number + 1 < len(futures):
+            assert futures[number + 1].result(PATIENCE) == number + 1
+
+    for number, future in enumerate(futures):
+        future.when_done(follow, number)
+    with shallow_stack(150):
+        assert futures[0].wait(PATIENCE)
+        js.reclaim_resources()
+
+    assert sorted(seen) == list(range(60))
+
+
+@pytest.mark.contract("F16", "F17")
+def test_callbacks_that_submit_without_recursion() -> None:
+    """A callback may submit work whose callback submits work, and so on, beyond the stack."""
+    js = Jobserver("fork", 1)
+    seen: list[int] = []
+
+    def again(number: int) -> None:
+        seen.append(number)
+        if number < 80:
+            js.submit(nothing).when_done(again, number + 1)
+
+    with shallow_stack(150):
+        js.submit(nothing).when_done(again, 0)
+        while len(seen) < 81:
+            js.submit(nothing, timeout=PATIENCE).wait(PATIENCE)
+
+    assert seen == list(range(81))
+
+
+@pytest.mark.contract("F17")
+@pytest.mark.parametrize("how", ["done", "wait", "result", "reclaim_resources"])
+def test_slots_are_back_before_callbacks(method: str, how: str) -> None:
+    """With one slot a callback can submit at once: the job's slot is back already."""
+    followers: list[Future[int]] = []
+    with Jobserver(method, 1) as js:
+        future = js.submit(nothing)
+        future.when_done(lambda: followers.append(js.submit(add, args=(1, 2), timeout=0)))
+        if how == "reclaim_resources":
+            await_end(worker_pid(future))
+        observe(js, future, how)
+        assert followers[0].result(PATIENCE) == 3
+
+
+@pytest.mark.contract("F17", "S15")
+def test_callback_that_submits_while_submit_waits(gate: Gate) -> None:
+    """A callback issued inside a waiting submit may take the slot; that submit waits on."""
+    js = Jobserver("fork", 1)
+    order: list[str] = []
+    followers: list[Future[Any]] = []
+    first = js.submit(gate.enter)
+    first.when_done(lambda: followers.append(js.submit(nothing, timeout=0)))
+    first.when_done(order.append, "called")
+    gate.await_entered(1)
+    threading.Timer(0.05, gate.open).start()
+
+    assert js.submit(identity, args=(9,), timeout=PATIENCE).result(PATIENCE) == 9
+    assert order == ["called"]
+    assert followers[0].done()
+
+
+@pytest.mark.contract("F19", "F20")
+@pytest.mark.parametrize("how", OBSERVERS)
+def test_callback_raised(how: str) -> None:
+    """A callback's Exception surfaces from the observing call, with its cause and number."""
+    js = Jobserver("fork", 1)
+    future = js.submit(identity, args=("value",))
+    future.when_done(nothing)
+    future.when_done(int, "no number")
+    await_end(worker_pid(future))
+
+    with pytest.raises(CallbackRaised) as caught:
+        observe(js, future, how)
+
+    assert caught.value.seqno == 1
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "no number" in chain_text(caught.value)
+    observe(js, future, how)
+    assert future.result(0) == "value"
+
+
+@pytest.mark.contract("F19")
+def test_callback_raised_as_text() -> None:
+    """CallbackRaised shows its number, which must be an int."""
+    raised = CallbackRaised(7)
+
+    assert str(raised) == repr(raised) == "CallbackRaised(seqno=7)"
+    assert raised.seqno == CallbackRaised(seqno=7).seqno == 7
+    for wrong in ("7", 7.0, None):
+        with pytest.raises(TypeError):
+            CallbackRaised(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.contract("F20", "F13")
+def test_one_error_for_each_call() -> None:
+    """Each call raises at most one error, in order, and the good callbacks run in between."""
+    js = Jobserver("fork", 1)
+    future = js.submit(identity, args=("value",))
+    seen: list[str] = []
+    for number in range(3):
+        future.when_done(fail, KeyError, number)
+        future.when_done(seen.append, f"after {number}")
+    numbers = []
+    for call in (future.result, future.wait, future.done):
+        with pytest.raises(CallbackRaised) as caught:
+            call(PATIENCE)
+        numbers.append(caught.value.seqno)
+        assert repr(caught.value.__cause__) == f"KeyError({len(numbers) - 1})"
+
+    assert numbers == [0, 2, 4]
+    assert future.result(PATIENCE) == "value"
+    assert seen == ["after 0", "after 1", "after 2"]
+
+
+@pytest.mark.contract("F20", "F7")
+def test_errors_of_callbacks_come_before_the_jobs_own() -> None:
+    """When both fn and a callback failed, the drained Future still raises fn's exception."""
+    js = Jobserver("fork", 1)
+    future = js.submit(fail, args=(LookupError, "mine"))
+    future.when_done(int, "no number")
+
+    with pytest.raises(CallbackRaised):
+        future.result(PATIENCE)
+    with pytest.raises(LookupError, match="mine"):
+        future.result(PATIENCE)
+
+
+@pytest.mark.contract("F21")
+def test_never_wrapped_twice() -> None:
+    """CallbackRaised that comes out of a callback surfaces as it is."""
+    js = Jobserver("fork", 2)
+    inner, outer = js.submit(nothing, consume=0), js.submit(nothing, consume=0)
+    inner.wait(PATIENCE)
+    original: list[CallbackRaised] = []
+
+    def meet() -> None:
+        try:
+            inner.when_done(int, "no number")
+        except CallbackRaised as raised:
+            original.append(raised)
+            raise
+
+    outer.when_done(meet)
+    caught: list[BaseException] = []
+    for _ in range(3):
+        try:
+            outer.wait(PATIENCE)
+        except CallbackRaised as raised:
+            caught.append(raised)
+
+    assert len(caught) == 1
+    assert isinstance(caught[0].__cause__, ValueError)
+    if original:
+        assert caught == original
+
+
+@pytest.mark.contract("F21")
+def test_callback_raising_callback_raised() -> None:
+    """A callback that raises a CallbackRaised of its own is not wrapped either."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    mine = CallbackRaised(41)
+
+    def raise_mine() -> None:
+        raise mine
+
+    future.when_done(raise_mine)
+    with pytest.raises(CallbackRaised) as caught:
+        future.wait(PATIENCE)
+
+    assert caught.value is mine
+    assert future.wait(PATIENCE)
+
+
+@pytest.mark.contract("F22", "F20")
+@pytest.mark.parametrize("kind", [OwnInterrupt, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("how", OBSERVERS)
+def test_base_exceptions_pass(how: str, kind: type[BaseException], gate: Gate) -> None:
+    """A callback's BaseException passes through bare; later callbacks and slots are not lost."""
+    js = Jobserver("fork", 1)
+    future = js.submit(identity, args=("value",))
+    seen: list[str] = []
+    future.when_done(fail, kind)
+    future.when_done(seen.append, "called")
+    await_end(worker_pid(future))
+
+    with pytest.raises(kind):
+        observe(js, future, how)
+
+    js.reclaim_resources()
+    assert future.result(0) == "value"
+    assert seen == ["called"]
+    assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("F16", "F23")
+def test_callback_may_use_its_own_future() -> None:
+    """Inside its callback a Future is done and gives its result."""
+    js = Jobserver("fork", 1)
+    future = js.submit(identity, args=(8,))
+    seen: list[Any] = []
+    future.when_done(lambda: seen.append((future.done(), future.result(0), repr(future))))
+    assert future.wait(PATIENCE)
+
+    assert seen[0][:2] == (True, 8)
+    assert seen[0][2].startswith("Future(done, ")
+
+
+@pytest.mark.contract("F16", "F6")
+def test_callback_may_wait_for_a_running_job(gate: Gate) -> None:
+    """A callback may block on another job's result."""
+    js = Jobserver("fork", 2)
+    late = js.submit(gate.enter)
+    soon = js.submit(nothing)
+    gate.await_entered(1)
+    seen: list[int] = []
+    soon.when_done(lambda: seen.append(late.result(PATIENCE)))
+    with pytest.raises(Blocked):
+        late.result(0)
+    threading.Timer(0.05, gate.open).start()
+    assert soon.wait(PATIENCE)
+
+    assert seen == gate.entered()

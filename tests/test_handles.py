@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Handles on a pool: replace, copy, pickling into jobs, with-blocks, closing, repr, warnings."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import os
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Callable
+
+import pytest
+from helpers import (
+    PATIENCE,
+    Gate,
+    add,
+    await_end,
+    fail,
+    free_slots,
+    getenv,
+    identity,
+    lines,
+    nothing,
+    pid,
+    run_program,
+    wait_until,
+    worker_pid,
+)
+from jobs import (
+    Appender,
+    close_in_job,
+    name_of_worker,
+    nest,
+    nested_at_gate,
+    tracked_in_job,
+    use_handles_in_job,
+)
+
+from jobserver import Blocked, CallbackRaised, Jobserver
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# replace
+
+
+@pytest.mark.contract("H1")
+def test_replace_has_other_defaults(tmp_path: Path) -> None:
+    """replace changes what it is given and keeps the other defaults; the original stays."""
+    log = tmp_path / "log"
+    js = Jobserver("fork", 1, env={"JOBSERVER_T": "one"}, preexec_fn=Appender(log, "pre"))
+
+    other = js.replace(env={"JOBSERVER_T": "two"})
+    plain = other.replace(preexec_fn=nothing)
+
+    assert isinstance(other, Jobserver)
+    assert other is not js
+    for handle, value in ((js, "one"), (other, "two"), (plain, "two")):
+        assert handle.submit(getenv, args=("JOBSERVER_T",)).result(PATIENCE) == [value]
+    assert len(lines(log)) == 2
+
+
+@pytest.mark.contract("H1")
+def test_replace_sleep_fn() -> None:
+    """replace may set another sleep_fn."""
+    asked: list[str] = []
+    js = Jobserver("fork", 1, sleep_fn=lambda: asked.append("old"))
+
+    js.replace(sleep_fn=lambda: asked.append("new")).submit(nothing).wait(PATIENCE)
+    js.submit(nothing).wait(PATIENCE)
+
+    assert asked == ["new", "old"]
+
+
+@pytest.mark.contract("H1", "J10")
+def test_replace_lend(gate: Gate) -> None:
+    """replace may switch lending on for a sibling only."""
+    with Jobserver("fork", 2) as js:
+        outer = js.submit(nested_at_gate, args=(js.replace(lend=True), gate))
+        gate.await_entered(1)
+        third = js.submit(gate.enter, timeout=PATIENCE)
+        gate.await_entered(2)
+        gate.open()
+
+        assert outer.result(PATIENCE) != third.result(PATIENCE)
+
+
+@pytest.mark.contract("H1", "J3")
+def test_replace_shares_the_slots(method: str, gate: Gate) -> None:
+    """All siblings together run as many jobs as there are slots, and share the context."""
+    with Jobserver(method, 2) as js:
+        sibling = js.replace(env={"JOBSERVER_T": "x"})
+        assert sibling.context is js.context
+        futures = [js.submit(gate.enter), sibling.submit(gate.enter)]
+        for handle in (js, sibling):
+            with pytest.raises(Blocked):
+                handle.submit(nothing, timeout=0)
+        gate.open()
+        assert len({future.result(PATIENCE) for future in futures}) == 2
+
+
+@pytest.mark.contract("H1", "S15")
+def test_siblings_reap_for_each_other() -> None:
+    """A submit through one handle observes the jobs of its siblings."""
+    js = Jobserver("fork", 1)
+    sibling = js.replace(env=())
+    seen: list[str] = []
+    js.submit(nothing).when_done(seen.append, "called")
+
+    assert sibling.submit(identity, args=(1,), timeout=PATIENCE).result(PATIENCE) == 1
+    assert seen == ["called"]
+
+
+@pytest.mark.contract("H1", "J7")
+@pytest.mark.parametrize("wrong", [{"env": {"": "x"}}, {"preexec_fn": 5}, {"sleep_fn": 5}])
+def test_bad_defaults(wrong: dict[str, Any]) -> None:
+    """Bad defaults are refused where they are given: in the constructor and in replace."""
+    js = Jobserver("fork", 1)
+
+    with pytest.raises((TypeError, ValueError)):
+        js.replace(**wrong)
+    with pytest.raises((TypeError, ValueError)):
+        Jobserver("fork", 1, **wrong)
+
+
+@pytest.mark.contract("H1")
+def test_replace_takes_nothing_else() -> None:
+    """The slots and the context cannot be replaced."""
+    js = Jobserver("fork", 1)
+
+    with pytest.raises(TypeError):
+        js.replace(slots=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        js.replace({})  # type: ignore[misc]
+
+
+# reclaim_resources
+
+
+@pytest.mark.contract("H2", "F13")
+def test_reclaim_does_not_wait(method: str, gate: Gate) -> None:
+    """reclaim_resources reaps what has finished and leaves what runs."""
+    seen: list[str] = []
+    with Jobserver(method, 2) as js:
+        running, ended = js.submit(gate.enter), js.submit(nothing)
+        running.when_done(seen.append, "running")
+        ended.when_done(seen.append, "ended")
+        gate.await_entered(1)
+        await_end(worker_pid(ended))
+        js.reclaim_resources()
+        assert seen == ["ended"]
+        assert js.submit(identity, args=(1,), timeout=0).result(PATIENCE) == 1
+        gate.open()
+        assert running.wait(PATIENCE)
+    assert seen == ["ended", "running"]
+
+
+@pytest.mark.contract("H2", "F19", "F20")
+def test_reclaim_raises_one_error_each_time() -> None:
+    """reclaim_resources raises CallbackRaised until all callbacks are drained."""
+    js = Jobserver("fork", 2)
+    futures = [js.submit(nothing) for _ in range(2)]
+    for future in futures:
+        future.when_done(int, "no number")
+    for future in futures:
+        await_end(worker_pid(future))
+    for _ in futures:
+        with pytest.raises(CallbackRaised):
+            js.reclaim_resources()
+
+    js.reclaim_resources()
+
+
+# with-blocks and closing
+
+
+@pytest.mark.contract("H3")
+def test_with_gives_the_handle() -> None:
+    """with js as name: name is the handle."""
+    js = Jobserver("fork", 1)
+    with js as entered:
+        assert entered is js
+
+
+@pytest.mark.contract("H3", "F13")
+def test_exit_reaps_and_calls_back() -> None:
+    """Leaving the block reaps what has finished and issues its callbacks."""
+    seen: list[str] = []
+    with Jobserver("fork", 1) as js:
+        future = js.submit(nothing)
+        future.when_done(seen.append, "called")
+        await_end(worker_pid(future))
+
+    assert seen == ["called"]
+
+
+@pytest.mark.contract("H3", "F20")
+def test_exit_warns_of_each_callback_error() -> None:
+    """Each callback error that nobody has seen becomes a RuntimeWarning on leaving."""
+    js = Jobserver("fork", 2)
+    futures = [js.submit(nothing) for _ in range(2)]
+    for future in futures:
+        future.when_done(fail, LookupError, "nobody looked")
+        await_end(worker_pid(future))
+
+    with pytest.warns(RuntimeWarning) as warned, js:
+        pass
+
+    assert [w.category for w in warned] == [RuntimeWarning] * 2
+    assert all("nobody looked" in str(w.message) for w in warned)
+
+
+@pytest.mark.contract("H3")
+def test_exit_keeps_the_blocks_own_exception() -> None:
+    """An exception inside the block is what comes out of it."""
+    js = Jobserver("fork", 1)
+    future = js.submit(nothing)
+    future.when_done(int, "no number")
+    await_end(worker_pid(future))
+
+    with pytest.warns(RuntimeWarning), pytest.raises(ZeroDivisionError), js:
+        raise ZeroDivisionError
+
+
+@pytest.mark.contract("H3", "H4", "F6")
+def test_exit_does_not_wait(method: str, gate: Gate) -> None:
+    """Leaving the block waits for no running job; its Future still completes afterwards."""
+    with Jobserver(method, 2) as js:
+        futures = [js.submit(gate.enter), js.submit(gate.enter)]
+        gate.await_entered(2)
+    assert not futures[0].done()
+    gate.open()
+
+    assert {future.result(PATIENCE) for future in futures} == set(gate.entered())
+
+
+@pytest.mark.contract("H4")
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda js: js.submit(nothing),
+        lambda js: js.submit(nothing, timeout=0),
+        lambda js: js.submit(nothing, consume=0),
+        lambda js: js(nothing),
+        lambda js: list(js.map(identity, [(1,)])),
+    ],
+    ids=["submit", "timeout=0", "consume=0", "call", "map"],
+)
+def test_closed_refuses_work(work: Callable[[Jobserver], object]) -> None:
+    """A closed Jobserver refuses work with RuntimeError."""
+    with Jobserver("fork", 1) as js:
+        js.submit(nothing).wait(PATIENCE)
+
+    with pytest.raises(RuntimeError, match="Jobserver is closed"):
+        work(js)
+
+
+@pytest.mark.contract("H4")
+def test_closed_for_all_handles() -> None:
+    """Siblings and copies of a closed Jobserver refuse work, too."""
+    js = Jobserver("fork", 1)
+    handles = [js.replace(env=()), copy.copy(js), copy.deepcopy(js)]
+    with js:
+        pass
+
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="Jobserver is closed"):
+            handle.submit(nothing)
+
+
+@pytest.mark.contract("H4", "S3")
+def test_closing_wakes_a_waiting_submit(gate: Gate) -> None:
+    """A submit that waits for a slot while its pool is closed does not wait for ever."""
+    js = Jobserver("fork", 1)
+    outcome: list[object] = []
+
+    def waiting() -> None:
+        try:
+            outcome.append(js.submit(nothing).wait(PATIENCE))
+        except RuntimeError as error:
+            outcome.append(error)
+
+    with js:
+        running = js.submit(gate.enter)
+        gate.await_entered(1)
+        thread = threading.Thread(target=waiting)
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+    gate.open()
+    running.wait(PATIENCE)
+    thread.join(PATIENCE)
+
+    assert not thread.is_alive()
+    assert outcome[0] is True or isinstance(outcome[0], RuntimeError)
+
+
+@pytest.mark.contract("H11")
+@pytest.mark.parametrize(
+    "sibling", [lambda js: js.replace(env=()), copy.copy, copy.deepcopy, lambda js: js]
+)
+def test_last_block_closes(sibling: Callable[[Jobserver], Jobserver]) -> None:
+    """With blocks open on several handles, or twice on one, the last one left closes."""
+    js = Jobserver("fork", 1)
+    other = sibling(js)
+    with js:
+        with other:
+            assert other.submit(identity, args=(1,)).result(PATIENCE) == 1
+        assert other.submit(identity, args=(2,)).result(PATIENCE) == 2
+        assert js.submit(identity, args=(3,)).result(PATIENCE) == 3
+
+    for handle in (js, other):
+        with pytest.raises(RuntimeError):
+            handle.submit(nothing)
+
+
+@pytest.mark.contract("H11")
+def test_blocks_may_be_left_in_any_order() -> None:
+    """Which handle's block is left first does not matter."""
+    js = Jobserver("fork", 1)
+    other = js.replace(env=())
+    js.__enter__()
+    other.__enter__()
+    js.__exit__(None, None, None)
+    assert js.submit(identity, args=(1,)).result(PATIENCE) == 1
+    other.__exit__(None, None, None)
+
+    with pytest.raises(RuntimeError):
+        js.submit(nothing)
+
+
+@pytest.mark.contract("H11", "H6", "H4")
+def test_block_in_a_job_closes_nothing_outside(method: str) -> None:
+    """A with-block that a job opens on its handle closes the job's handle, not the caller's."""
+    with Jobserver(method, 2) as js:
+        assert js.submit(close_in_job, args=(js,)).result(PATIENCE) == [1, "RuntimeError"]
+        assert js.submit(identity, args=(2,)).result(PATIENCE) == 2
+
+
+# copies
+
+
+@pytest.mark.contract("H5")
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy])
+def test_copies_share_the_slots(
+    method: str, gate: Gate, copier: Callable[[Jobserver], Jobserver]
+) -> None:
+    """A copy is another handle on the same slots, with the same defaults and context."""
+    with Jobserver(method, 1, env={"JOBSERVER_T": "x"}) as js:
+        other = copier(js)
+        assert other is not js
+        assert other.context.get_start_method() == method
+        running = js.submit(gate.enter)
+        with pytest.raises(Blocked):
+            other.submit(nothing, timeout=0)
+        gate.open()
+        running.wait(PATIENCE)
+        assert other.submit(getenv, args=("JOBSERVER_T",)).result(PATIENCE) == ["x"]
+
+
+@pytest.mark.contract("H5")
+def test_deepcopy_of_a_structure() -> None:
+    """A Jobserver inside a structure is copied like any value."""
+    js = Jobserver("fork", 1)
+
+    copied = copy.deepcopy({"js": [js, js]})
+
+    assert copied["js"][0] is copied["js"][1]
+    assert copied["js"][0].submit(identity, args=(1,)).result(PATIENCE) == 1
+
+
+# as arguments of jobs
+
+
+@pytest.mark.contract("H6", "H7")
+@pytest.mark.parametrize("depth", [1, 3])
+def test_travels_to_any_depth(method: str, depth: int) -> None:
+    """A Jobserver can be handed down through levels of jobs, all on its slots."""
+    with Jobserver(method, depth + 1) as js:
+        pids = js.submit(nest, args=(js, depth)).result(PATIENCE)
+
+    assert len(set(pids)) == depth + 1
+    assert os.getpid() not in pids
+
+
+@pytest.mark.contract("H6", "H7", "N2")
+def test_nested_jobs_share_the_slots(method: str, gate: Gate) -> None:
+    """A nested job holds a slot of the same pool: two levels fill two slots."""
+    with Jobserver(method, 2) as js:
+        outer = js.submit(nested_at_gate, args=(js, gate))
+        gate.await_entered(1)
+        with pytest.raises(Blocked):
+            js.submit(nothing, timeout=0)
+        gate.open()
+        assert outer.result(PATIENCE) in gate.entered()
+        assert js.submit(nothing, timeout=0).wait(PATIENCE)
+
+
+@pytest.mark.contract("H6", "H5", "H1")
+def test_every_kind_of_handle_travels(method: str) -> None:
+    """Siblings and copies travel too, inside structures, keeping their defaults."""
+    with Jobserver(method, 2, env={"JOBSERVER_T": "x"}) as js:
+        handles = {"copy": [copy.copy(js)], "sibling": js.replace(env={"JOBSERVER_T": "y"})}
+        values = js.submit(use_handles_in_job, kwargs={"handles": handles}).result(PATIENCE)
+
+    assert values == [["x"], ["y"]]
+
+
+@pytest.mark.contract("H7", "H8")
+def test_futures_do_not_travel(method: str, gate: Gate) -> None:
+    """In the job the handle has nothing in flight, whatever the caller has."""
+    with Jobserver(method, 3) as js:
+        running = [js.submit(gate.enter) for _ in range(2)]
+        gate.await_entered(2)
+        inside = js.submit(tracked_in_job, args=(js,)).result(PATIENCE)
+        gate.open()
+        assert all(future.wait(PATIENCE) for future in running)
+
+    assert inside == f"Jobserver('{method}', tracked=0)"
+
+
+# repr and names
+
+
+@pytest.mark.contract("H8")
+def test_repr_of_a_jobserver(method: str, gate: Gate) -> None:
+    """repr shows the start method and the number of Futures in flight."""
+    with Jobserver(method, 2) as js:
+        assert repr(js) == f"Jobserver('{method}', tracked=0)"
+        futures = [js.submit(gate.enter), js.submit(gate.enter)]
+        assert repr(js) == f"Jobserver('{method}', tracked=2)"
+        gate.open()
+        assert all(future.wait(PATIENCE) for future in futures)
+        assert repr(js) == f"Jobserver('{method}', tracked=0)"
+
+
+@pytest.mark.contract("H9")
+def test_repr_of_a_future(method: str, gate: Gate) -> None:
+    """repr shows the state, the callbacks still due and, while it runs, the process."""
+    with Jobserver(method, 1) as js:
+        future = js.submit(gate.enter)
+        (worker,) = gate.await_entered(1)
+        assert repr(future) == f"Future(running, callbacks=0, pid={worker})"
+        future.when_done(nothing)
+        assert repr(future) == f"Future(running, callbacks=1, pid={worker})"
+        gate.open()
+        assert future.wait(PATIENCE)
+        assert repr(future) == "Future(done, callbacks=0, pid=None)"
+
+
+@pytest.mark.contract("H10")
+def test_name_of_workers(method: str) -> None:
+    """Inside a job the current process is named Jobserver-worker."""
+    with Jobserver(method, 1) as js:
+        assert js.submit(name_of_worker).result(PATIENCE) == "Jobserver-worker"
+    assert multiprocessing.current_process().name == "MainProcess"
+
+
+# finalizing
+
+
+@pytest.mark.contract("H12")
+def test_finalized_with_running_futures(method: str, gate: Gate) -> None:
+    """A Jobserver that goes away while its jobs run gives a ResourceWarning; they complete."""
+    js = Jobserver(method, 1)
+    future = js.submit(gate.enter)
+    gate.await_entered(1)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        del js
+        gc.collect()
+
+    assert [w.category for w in warned] == [ResourceWarning]
+    gate.open()
+    assert future.result(PATIENCE) in gate.entered()
+
+
+@pytest.mark.contract("H12", "F26")
+def test_finalized_with_dropped_futures() -> None:
+    """Also when nobody holds the Future: the warning comes, and the job ends by itself."""
+    done = run_program(
+        [
+            "-W",
+            "always",
+            "-c",
+            "import gc, jobserver\n"
+            "from helpers import sleep\n"
+            "js = jobserver.Jobserver('fork', 1)\n"
+            "js.submit(sleep, args=(0.3,))\n"
+            "del js\n"
+            "gc.collect()\n"
+            "print('went on')\n",
+        ]
+    )
+
+    assert done.stdout == "went on\n"
+    assert done.stderr.count("ResourceWarning: Finalizing") == 1
+    assert done.returncode == 0
+
+
+@pytest.mark.contract("H12")
+def test_finalized_in_peace() -> None:
+    """A Jobserver whose jobs have all been observed goes without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        js = Jobserver("fork", 2)
+        futures = [js.submit(nothing) for _ in range(2)]
+        assert all(future.wait(PATIENCE) for future in futures)
+        del js, futures
+        gc.collect()
+
+
+@pytest.mark.contract("H1", "H12")
+def test_sibling_keeps_the_pool(gate: Gate) -> None:
+    """When one of two handles goes, the pool lives on in the other."""
+    js = Jobserver("fork", 2)
+    sibling = js.replace(env=())
+    js.submit(pid).wait(PATIENCE)
+    del js
+    gc.collect()
+
+    assert free_slots(sibling, gate) == 2
+
+
+@pytest.mark.contract("H13", "S18")
+def test_pool_of_a_dropped_jobserver_is_freed() -> None:
+    """Making and dropping many Jobservers costs no descriptors."""
+    from helpers import open_fds
+
+    before = len(open_fds())
+    for _ in range(50):
+        js = Jobserver("fork", 3)
+        assert js.submit(add, args=(1,)).result(PATIENCE) == 1
+    del js
+    gc.collect()
+
+    wait_until(lambda: len(open_fds()) == before, "the descriptors to be closed")

@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Jobserver.submit: running, waiting for a slot, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import threading
+import time
+from collections import OrderedDict
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from helpers import (
+    PATIENCE,
+    Gate,
+    add,
+    append,
+    await_end,
+    chain_text,
+    descendants,
+    everything,
+    free_slots,
+    identity,
+    lines,
+    nothing,
+    open_fds,
+    pid,
+    touch,
+    worker_pid,
+)
+from jobs import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled
+
+from jobserver import Blocked, CallbackRaised, Future, Jobserver, SubmissionDied
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.contract("S1")
+def test_signature() -> None:
+    """submit takes fn by position or keyword and all else by keyword, with these defaults."""
+    parameters = dict(inspect.signature(Jobserver.submit).parameters)
+    parameters.pop("self")
+
+    assert parameters.pop("fn").kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert dict(defaults.pop("kwargs")) == {}
+    assert defaults == {
+        "args": (),
+        "consume": 1,
+        "env": None,
+        "preexec_fn": None,
+        "sleep_fn": None,
+        "timeout": None,
+    }
+
+
+@pytest.mark.contract("S1", "S2")
+def test_runs_in_a_worker_process(method: str) -> None:
+    """fn runs in another process, with the arguments given; submit returns a Future at once."""
+    with Jobserver(method, 2) as js:
+        future = js.submit(fn=everything, args=(1, "b"), kwargs={"c": None})
+        other = js.submit(pid)
+
+        assert isinstance(future, Future)
+        assert future.result(PATIENCE) == ((1, "b"), {"c": None})
+        assert other.result(PATIENCE) not in (os.getpid(), os.getppid())
+
+
+@pytest.mark.contract("S2")
+def test_every_job_has_a_process_of_its_own(method: str) -> None:
+    """By default no two jobs share a process."""
+    with Jobserver(method, 1) as js:
+        pids = [js.submit(pid).result(PATIENCE) for _ in range(3)]
+
+    assert len(set(pids)) == 3
+
+
+@pytest.mark.contract("S2", "S17")
+@pytest.mark.parametrize("args", [(1, 2), [1, 2], iter([1, 2]), {1: None, 2: None}, range(1, 3)])
+def test_args_may_be_any_iterable(args: Any) -> None:
+    """Any iterable serves as args."""
+    js = Jobserver("fork", 1)
+    assert js.submit(everything, args=args).result(PATIENCE) == ((1, 2), {})
+
+
+@pytest.mark.contract("S2", "S17")
+def test_kwargs_may_be_any_mapping(method: str) -> None:
+    """Any mapping serves as kwargs, also one that cannot be pickled itself."""
+    js = Jobserver(method, 1)
+
+    for kwargs in (OrderedDict(b=1), MappingProxyType({"b": 1})):
+        assert js.submit(everything, kwargs=kwargs).result(PATIENCE) == ((), {"b": 1})
+
+
+@pytest.mark.contract("S2")
+def test_arguments_are_those_of_the_call() -> None:
+    """What the caller does to a list of arguments after submit does not reach the job."""
+    args, kwargs = [1], {"b": 2}
+    js = Jobserver("fork", 1)
+
+    future = js.submit(add, args=args, kwargs=kwargs)
+    args[0] = 50
+    kwargs["b"] = 60
+
+    assert future.result(PATIENCE) == 3
+
+
+@pytest.mark.contract("S2")
+def test_large_arguments(method: str) -> None:
+    """Arguments larger than any pipe arrive whole, also while the worker is slow to read."""
+    block = os.urandom(8 << 20)
+
+    with Jobserver(method, 1) as js:
+        assert js.submit(identity, args=(block,)).result(PATIENCE) == block
+
+
+@pytest.mark.contract("S3")
+def test_blocks_until_a_slot_is_free(gate: Gate) -> None:
+    """Without a timeout submit waits for the end of a running job, then starts the new one."""
+    js = Jobserver("fork", 1)
+    first = js.submit(gate.enter)
+    gate.await_entered(1)
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(js.submit(pid).result(PATIENCE)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert answers == []
+
+    gate.open()
+    thread.join(PATIENCE)
+
+    assert len(answers) == 1
+    assert first.result(PATIENCE) in gate.entered()
+
+
+@pytest.mark.contract("S3", "S15")
+def test_submit_waits_by_itself(method: str) -> None:
+    """The thread that waits for a slot needs nobody else's help to see a job end."""
+    with Jobserver(method, 1) as js:
+        futures = [js.submit(identity, args=(n,)) for n in range(4)]
+
+        assert [future.result(PATIENCE) for future in futures] == [0, 1, 2, 3]
+
+
+@pytest.mark.contract("S4")
+@pytest.mark.parametrize("timeout", [0, 0.0, 0.15])
+def test_blocked(method: str, gate: Gate, tmp_path: Path, timeout: float) -> None:
+    """Past the timeout submit raises Blocked, not earlier, and nothing has started."""
+    with Jobserver(method, 1) as js:
+        running = js.submit(gate.enter)
+        before = time.monotonic()
+        with pytest.raises(Blocked):
+            js.submit(touch, args=(str(tmp_path / "ran"),), timeout=timeout)
+        elapsed = time.monotonic() - before
+        gate.open()
+        running.result(PATIENCE)
+        js.submit(nothing).result(PATIENCE)
+
+    assert timeout <= elapsed < timeout + 5
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.contract("S4")
+def test_timeout_zero_starts_when_a_slot_is_free(method: str) -> None:
+    """timeout=0 needs a free slot, not time."""
+    with Jobserver(method, 1) as js:
+        for number in range(3):
+            assert js.submit(identity, args=(number,), timeout=0).result(PATIENCE) == number
+
+
+@pytest.mark.contract("S4")
+def test_slot_comes_in_time(gate: Gate) -> None:
+    """A slot that becomes free before the timeout is used."""
+    js = Jobserver("fork", 1)
+    js.submit(gate.enter)
+    gate.await_entered(1)
+    threading.Timer(0.1, gate.open).start()
+
+    assert js.submit(identity, args=(5,), timeout=PATIENCE).result(PATIENCE) == 5
+
+
+@pytest.mark.contract("S4", "S17")
+def test_enormous_timeout(gate: Gate) -> None:
+    """A finite timeout may exceed what the system calls below can take."""
+    js = Jobserver("fork", 1)
+    js.submit(gate.enter)
+    gate.await_entered(1)
+    threading.Timer(0.05, gate.open).start()
+
+    assert js.submit(identity, args=(5,), timeout=1e300).result(1e300) == 5
+
+
+@pytest.mark.contract("S5")
+def test_consume_zero_starts_at_once(method: str, gate: Gate) -> None:
+    """consume=0 runs although all slots are taken, and takes none."""
+    with Jobserver(method, 1) as js:
+        taken = js.submit(gate.enter, timeout=0)
+        assert js.submit(identity, args=(6,), consume=0, timeout=0).result(PATIENCE) == 6
+        with pytest.raises(Blocked):
+            js.submit(nothing, timeout=0)
+        gate.open()
+        taken.result(PATIENCE)
+        free = [js.submit(nothing, consume=0, timeout=0) for _ in range(3)]
+        assert js.submit(identity, args=(7,), timeout=0).result(PATIENCE) == 7
+        assert [future.result(PATIENCE) for future in free] == [None] * 3
+
+
+@pytest.mark.contract("S5", "S18")
+def test_consume_zero_gives_no_slot_back(gate: Gate) -> None:
+    """The end of a job without a slot leaves the number of slots as it was."""
+    js = Jobserver("fork", 2)
+    for _ in range(3):
+        js.submit(nothing, consume=0).result(PATIENCE)
+
+    assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("S5")
+@pytest.mark.parametrize("consume", [2, -1, True, False, 0.0, 1.0, "1", None, [1]])
+def test_bad_consume(consume: Any) -> None:
+    """Anything but the ints 0 and 1 is a ValueError."""
+    js = Jobserver("fork", 1)
+    with pytest.raises(ValueError):
+        js.submit(nothing, consume=consume)
+
+
+@pytest.mark.contract("S15", "F13", "F17")
+def test_reaps_before_waiting(method: str) -> None:
+    """A job that has ended unobserved gives its slot and callbacks to the next submit."""
+    seen: list[str] = []
+    with Jobserver(method, 1) as js:
+        first = js.submit(identity, args=(1,))
+        first.when_done(seen.append, "called")
+        second = js.submit(identity, args=(2,), timeout=PATIENCE)
+        assert seen == ["called"]
+        assert first.result(0) == 1
+        assert second.result(PATIENCE) == 2
+
+
+@pytest.mark.contract("S15")
+def test_reaps_at_timeout_zero(tmp_path: Path) -> None:
+    """Even timeout=0 first reaps: a job that has ended does not block."""
+    js = Jobserver("fork", 1)
+    seen: list[str] = []
+    first = js.submit(append, args=(str(tmp_path / "log"), "ran"))
+    first.when_done(seen.append, "called")
+    await_end(worker_pid(first))
+
+    assert js.submit(identity, args=(2,), timeout=0).result(PATIENCE) == 2
+    assert seen == ["called"]
+    assert lines(tmp_path / "log") == ["ran"]
+
+
+@pytest.mark.contract("S15", "F13")
+def test_callbacks_run_on_the_waiting_thread(gate: Gate) -> None:
+    """The thread blocked in submit is the one that observes the end and issues the callbacks."""
+    js = Jobserver("fork", 1)
+    first = js.submit(gate.enter)
+    seen: list[int] = []
+    first.when_done(lambda: seen.append(threading.get_ident()))
+    gate.await_entered(1)
+    threading.Timer(0.05, gate.open).start()
+
+    second = js.submit(nothing, timeout=PATIENCE)
+
+    assert seen == [threading.get_ident()]
+    second.result(PATIENCE)
+
+
+@pytest.mark.contract("S16", "F19", "F20")
+def test_submit_raises_callback_raised(method: str, tmp_path: Path) -> None:
+    """A failed callback interrupts submit: nothing has started, and the call may be repeated."""
+    with Jobserver(method, 1) as js:
+        first = js.submit(nothing)
+        first.when_done(int, "no number")
+        with pytest.raises(CallbackRaised) as caught:
+            js.submit(touch, args=(str(tmp_path / "early"),), timeout=PATIENCE)
+        assert isinstance(caught.value.__cause__, ValueError)
+        js.submit(touch, args=(str(tmp_path / "later"),), timeout=PATIENCE).result(PATIENCE)
+        js.submit(nothing).result(PATIENCE)
+
+    assert (tmp_path / "later").exists()
+    assert not (tmp_path / "early").exists()
+
+
+@pytest.mark.contract("S16", "S18")
+def test_callback_raised_costs_no_slot(gate: Gate) -> None:
+    """After CallbackRaised from submit all slots are there."""
+    js = Jobserver("fork", 2)
+    started = failures = 0
+    for _ in range(30):
+        try:
+            if started < 4:
+                js.submit(nothing, timeout=PATIENCE).when_done(int, "no number")
+                started += 1
+            else:
+                js.submit(nothing, timeout=PATIENCE).result(PATIENCE)
+        except CallbackRaised:
+            failures += 1
+    assert failures == 4
+
+    assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("S17", "S18")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fn": 5},
+        {"fn": None},
+        {"fn": "len"},
+        {"args": 5},
+        {"args": None},
+        {"kwargs": 5},
+        {"kwargs": None},
+        {"kwargs": [("b", 1)]},
+        {"timeout": -1},
+        {"timeout": -1e-9},
+        {"timeout": math.nan},
+        {"timeout": math.inf},
+        {"timeout": -math.inf},
+        {"timeout": "1"},
+        {"timeout": b"1"},
+        {"timeout": [1]},
+        {"timeout": 1j},
+        {"timeout": object()},
+        {"env": 5},
+        {"preexec_fn": 5},
+        {"sleep_fn": 5},
+    ],
+    ids=lambda wrong: "-".join(f"{name}={value!r}"[:24] for name, value in wrong.items()),
+)
+def test_malformed_arguments(gate: Gate, wrong: dict[str, Any]) -> None:
+    """Malformed arguments raise TypeError or ValueError at the call; nothing is left behind."""
+    js = Jobserver("fork", 1)
+    js.submit(nothing).result(PATIENCE)
+    before = len(open_fds())
+
+    with pytest.raises((TypeError, ValueError)):
+        js.submit(**{"fn": add, "args": (1,), **wrong})
+
+    assert len(open_fds()) == before
+    assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S17")
+@pytest.mark.parametrize("wrong", [{"timeout": -1}, {"args": 5}, {"consume": 3}, {"env": {"": ""}}])
+def test_malformed_arguments_are_seen_first(gate: Gate, wrong: dict[str, Any]) -> None:
+    """Malformed arguments are reported at once, also when no slot is free."""
+    js = Jobserver("fork", 1)
+    running = js.submit(gate.enter)
+
+    with pytest.raises((TypeError, ValueError)):
+        js.submit(**{"fn": add, "args": (1,), **wrong})
+
+    gate.open()
+    running.result(PATIENCE)
+
+
+@pytest.mark.contract("S18")
+def test_failing_iterable_of_args(gate: Gate) -> None:
+    """An exception while args are read passes through and leaves nothing behind."""
+    js = Jobserver("fork", 1)
+
+    def args() -> Any:
+        yield 1
+        raise LookupError("half-way")
+
+    with pytest.raises(LookupError, match="half-way"):
+        js.submit(add, args=args())
+    assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S19", "S18")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "what",
+    [{"fn": lambda: 1}, {"args": (threading.Lock(),)}, {"kwargs": {"a": RaisesWhenPickled()}}],
+    ids=["fn", "args", "kwargs"],
+)
+def test_unpicklable_arguments(method: str, gate: Gate, what: dict[str, Any]) -> None:
+    """What cannot be pickled is a TypeError that names the start method and keeps the cause."""
+    with Jobserver(method, 1) as js:
+        js.submit(nothing).result(PATIENCE)
+        before = (len(open_fds()), len(descendants()))
+        with pytest.raises(TypeError, match=method) as caught:
+            js.submit(**{"fn": everything, **what})
+        assert caught.value.__cause__ is not None
+        del caught
+        after = (len(open_fds()), len(descendants()))
+        # What is left of the first job's process may go meanwhile.
+        assert after[0] <= before[0]
+        assert after[1] <= before[1]
+        assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S2", "S19")
+def test_fork_needs_no_pickling(tmp_path: Path) -> None:
+    """Under fork lambdas, closures, locks, open files and generators are good arguments."""
+    local = [1, 2]
+    lock = threading.Lock()
+    generator = (n * n for n in range(4))
+    js = Jobserver("fork", 1)
+    with (tmp_path / "data").open("w+") as stream:
+        stream.write("text")
+        stream.seek(0)
+        assert js.submit(lambda: local + [3]).result(PATIENCE) == [1, 2, 3]
+        assert js.submit(lambda a: a.acquire(False), args=(lock,)).result(PATIENCE) is True
+        assert js.submit(sum, args=(generator,)).result(PATIENCE) == 14
+        assert js.submit(lambda a: a.read(), args=(stream,)).result(PATIENCE) == "text"
+    assert not lock.locked()
+
+
+@pytest.mark.contract("S18", "S19")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_arguments_that_cannot_be_unpickled(method: str, gate: Gate) -> None:
+    """Arguments that fail to load in the worker fail their own Future, and say why."""
+    with Jobserver(method, 1) as js:
+        future = js.submit(identity, args=(RaisesWhenUnpickled(),))
+        with pytest.raises(Exception) as caught:  # noqa: B017
+            future.result(PATIENCE)
+        assert "unpickled too late" in chain_text(caught.value)
+        del caught
+        assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S18", "F9", "F10")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_arguments_that_kill_the_worker(method: str, gate: Gate) -> None:
+    """A worker that dies while it loads its arguments is a SubmissionDied like any other."""
+    with Jobserver(method, 1) as js:
+        future = js.submit(identity, args=(ExitsWhenUnpickled(),))
+        with pytest.raises(SubmissionDied) as caught:
+            future.result(PATIENCE)
+        assert caught.value.exitcode == 18
+        del caught
+        assert free_slots(js, gate) == 1
