@@ -32,13 +32,30 @@ class WorkerInterrupted(WorkerDied, KeyboardInterrupt):
     """Ctrl-C has reached the job: can be caught as KeyboardInterrupt, too."""
 
 
-def death_of(death: SubmissionDied) -> BaseException:
-    """Return what an executor raises for the death of a worker."""
+def of_start(error: BaseException) -> BaseException:
+    """Return what an executor raises where a call could not be started."""
+    cause = error.__cause__
+    # A call that cannot be pickled: a Jobserver names the start method, and gives this as the cause.
+    if isinstance(error, TypeError) and cause is not None:
+        return cause
+    return error.with_traceback(None)
+
+
+def of_end(error: BaseException, *, died: bool) -> BaseException:
+    """Return what an executor raises where a call has ended with ``error``."""
+    if died and isinstance(error, SubmissionDied):
+        return _of_death(error)
+    # Without the traceback of this process, whose frames refer to the promise that refers to it.
+    return error.with_traceback(None)
+
+
+def _of_death(death: SubmissionDied) -> BaseException:
     cause = death.__cause__
     told: BaseException
     if isinstance(cause, SystemExit):
-        told = WorkerExited(death.exitcode, death.detail)
-        told.code = cause.code
+        exited = WorkerExited(death.exitcode, death.detail)
+        exited.code = cause.code
+        told = exited
     elif isinstance(cause, KeyboardInterrupt):
         told = WorkerInterrupted(death.exitcode, death.detail)
     elif cause is None or isinstance(cause, Exception):

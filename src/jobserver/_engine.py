@@ -29,10 +29,10 @@ import weakref
 from collections import OrderedDict, deque
 from concurrent.futures.process import BrokenProcessPool
 from signal import SIGKILL
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, NamedTuple, Optional
 
 from . import _forking
-from ._casualty import standard
+from ._casualty import of_end, of_start
 from ._check import check_pause
 from ._future import Future
 from ._patience import Patience
@@ -69,7 +69,7 @@ class Engine:
         self.stopping = False
         self._foreign = False  # made by the process that this one was forked from
         self._shared = jobserver._shared
-        self._patience = Patience(jobserver)
+        self._patience = Patience(jobserver, self._seek)
         self._initializer = initializer
         self._owns = owns
         # Reentrant, as the garbage collector may come by with the lock held.
@@ -172,9 +172,9 @@ class Engine:
             wakeup.ring()  # it may have been the last one, or the one that sleep_fn held up
         return True
 
-    def awaiting(self, target: object) -> Any:
+    def awaiting(self, target: object) -> ContextManager[None]:
         """Return the context in which to wait without a timeout for a promise, or for the end."""
-        return self._patience.awaiting(target, self)
+        return self._patience.awaiting(target)
 
     def signal_workers(self, number: int) -> None:
         """Send a signal to each worker, also to one that is about to start."""
@@ -184,8 +184,7 @@ class Engine:
         for job in jobs:
             job._send(number)
 
-    def seek(self) -> bool:
-        """Have the thread look for a slot anew; says whether anything wants one."""
+    def _seek(self) -> bool:
         wakeup = self._wakeup
         if wakeup is not None:
             wakeup.ring()
@@ -228,14 +227,17 @@ class Engine:
         else:
             # An endless pause (inf) is slept in days, which epoll can count.
             alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
-            reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),))
+            tick = None if head is None else _TICK
+            reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),), tick=tick)
 
     def _due(self) -> bool:
         wakeup = self._wakeup
-        return bool(self._sink) or (wakeup is not None and wakeup.rung)
+        if self._sink or (wakeup is not None and wakeup.rung):
+            return True
+        return self._shared.closed and bool(self._pending)
 
     def _found(self) -> bool:
-        if self._due() or not self._pending or self._shared.closed:
+        if self._due() or not self._pending:
             return True
         self._lease = self._shared.slots.try_take() or self._patience.lend()
         return self._lease is not None
@@ -292,7 +294,7 @@ class Engine:
                 self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
             )
         except BaseException as error:  # noqa: BLE001
-            promise.resolve(None, standard(error))
+            promise.resolve(None, of_start(error))
             return
         with self._shared.reactor.lock:
             self._running[job] = promise
@@ -325,7 +327,7 @@ class Engine:
             promise.resolve(None, _broken(why, failed.__cause__))
             self._break(why, failed.__cause__)
         except BaseException as error:  # noqa: BLE001
-            promise.resolve(None, standard(error, died=outcome.died))
+            promise.resolve(None, of_end(error, died=outcome.died))
         else:
             promise.resolve(value)
 

@@ -18,6 +18,7 @@ from typing import Any, Callable, Optional, TypeVar, Union
 from ._check import check_callable, check_optional_callable
 from ._engine import Engine
 from ._jobserver import Jobserver
+from ._worker._batch import run_batch
 from ._worker._initialize import Initializer
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class JobserverExecutor(Executor):
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: Optional[float] = None,
-        chunksize: int = 1,
+        batchesize: int = 1,
         buffersize: Optional[int] = None,
     ) -> Iterator[T]:
         """
@@ -100,25 +101,25 @@ class JobserverExecutor(Executor):
             fn: What to call.
             iterables: As many as fn takes arguments; the shortest decides.
             timeout: Seconds from this call until the iterator raises TimeoutError.
-            chunksize: So many calls go to one worker together.
+            batchesize: So many calls go to one worker together.
             buffersize: None to read the inputs now; else the number of submissions that may be
                 outstanding, and inputs are read only as needed.
 
         Raises:
             TypeError, ValueError: A malformed argument.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
+        if batchesize < 1:
+            raise ValueError("batchesize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else timeout + time.monotonic()
         calls = zip(*iterables)
-        chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
-        first = chunks if buffersize is None else itertools.islice(chunks, buffersize)
-        futures = deque(self._engine.submit(_run_chunk, (fn, chunk), {}) for chunk in first)
-        return _results(futures, weakref.ref(self), fn, chunks, end)
+        batches = iter(lambda: tuple(itertools.islice(calls, batchesize)), ())
+        first = batches if buffersize is None else itertools.islice(batches, buffersize)
+        futures = deque(self._engine.submit(run_batch, (fn, batch), {}) for batch in first)
+        return _results(futures, weakref.ref(self), fn, batches, end)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """
@@ -163,30 +164,27 @@ def _check_max_tasks(count: Optional[int]) -> None:
         raise ValueError("max_tasks_per_child must be >= 1")
 
 
-def _run_chunk(fn: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:
-    return [fn(*args) for args in chunk]
-
-
 def _results(
     futures: deque[StdFuture[list[T]]],
     executor: weakref.ref[JobserverExecutor],
     fn: Callable[..., T],
-    chunks: Iterator[tuple[tuple[Any, ...], ...]],
+    batches: Iterator[tuple[tuple[Any, ...], ...]],
     end: Optional[float],
 ) -> Iterator[T]:
     try:
         while futures:
             # Before the head is waited for, so that the window is full meanwhile.
             alive = executor()
-            chunk = next(chunks, None) if alive is not None else None
-            if alive is not None and chunk is not None:
-                futures.append(alive._engine.submit(_run_chunk, (fn, chunk), {}))
-            del alive
+            batch = next(batches, None) if alive is not None else None
+            if alive is not None and batch is not None:
+                futures.append(alive._engine.submit(run_batch, (fn, batch), {}))
+            del alive, batch
             head = futures.popleft()
             try:
                 values = head.result(None if end is None else end - time.monotonic())
             finally:
                 head.cancel()
+                del head  # which refers to what is yielded
             values.reverse()
             while values:
                 yield values.pop()
