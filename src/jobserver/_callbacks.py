@@ -34,6 +34,12 @@ class _Issuing(threading.local):
 _issuing = _Issuing()
 
 
+def start_afresh() -> None:
+    """In a new worker: it may have been forked from within a callback, and is in none."""
+    global _issuing  # noqa: PLW0603
+    _issuing = _Issuing()
+
+
 def issuing() -> bool:
     """Say whether this thread is inside a callback."""
     return _issuing.active

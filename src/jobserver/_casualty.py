@@ -35,7 +35,7 @@ class WorkerInterrupted(WorkerDied, KeyboardInterrupt):
 def of_start(error: BaseException) -> BaseException:
     """Return what an executor raises where a call could not be started."""
     cause = error.__cause__
-    # A call that cannot be pickled: a Jobserver names the start method, and gives this as the cause.
+    # It cannot be pickled: a Jobserver names the start method, and gives this as the cause.
     if isinstance(error, TypeError) and cause is not None:
         return cause
     return error.with_traceback(None)

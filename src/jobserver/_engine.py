@@ -118,7 +118,7 @@ class Engine:
         """Raise RuntimeError in a process that is forked from the executor's own."""
         if self._foreign:
             raise RuntimeError(
-                "this executor, and its futures, belong to the process that this one was forked from"
+                "this executor and its futures belong to the process that this one was forked from"
             )
 
     def _start(self) -> None:
@@ -199,7 +199,10 @@ class Engine:
     def _serve(self) -> None:
         try:
             while not self._over():
-                self._wait()
+                try:
+                    self._wait()
+                except OSError as error:
+                    self._starve(error)
                 self._turn()
         except BaseException as error:  # noqa: BLE001  # else every promise would be waited for in vain
             self._break(f"the executor's thread has failed: {error!r}", error)
@@ -229,6 +232,14 @@ class Engine:
             alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
             tick = None if head is None else _TICK
             reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),), tick=tick)
+
+    def _starve(self, error: OSError) -> None:
+        """There was no descriptor to take a slot with: tell the call that it was wanted for."""
+        with self._lock:
+            head = next(iter(self._pending), None)
+        if head is None:
+            raise error
+        self._settle(head, of_start(error))
 
     def _due(self) -> bool:
         wakeup = self._wakeup
@@ -304,10 +315,10 @@ class Engine:
             job._send(self._signal)
 
     def _task(self, call: _Call) -> Task:
-        fn, args, kwargs = call
+        js = self.jobserver
         if self._initializer is not None:
-            fn, args, kwargs = self._initializer, tuple(call), {}
-        return Task(fn, args, kwargs, self.jobserver._env, self.jobserver._preexec_fn)
+            return Task(self._initializer, tuple(call), {}, js._env, js._preexec_fn)
+        return Task(*call, js._env, js._preexec_fn)
 
     def _complete(self, job: Future[Any]) -> None:
         # A very short job may be in the sink before `start` has returned; that is this thread, so
@@ -386,7 +397,7 @@ def _broken(why: str, cause: Optional[BaseException]) -> BrokenProcessPool:
 
 
 def _at_exit() -> None:
-    """Let all executors finish their work, as the standard library does, before threads are joined."""
+    """Let all executors finish their work before threads are joined, as the standard library does."""
     global _ended_in  # noqa: PLW0603
     _ended_in = os.getpid()
     engines = list(_engines)

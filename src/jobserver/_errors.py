@@ -71,6 +71,20 @@ class SubmissionDied(Exception):
         return f"{how}; {self.detail}" if self.detail else how
 
 
+class Untransferable(RuntimeError):
+    """
+    What fn takes, returns or raises could not be pickled, or not be unpickled on the other side.
+
+    Args:
+        message: Which of them, and why.
+        why: What pickling raised; None if it was unpickling, or if that cannot travel itself.
+    """
+
+    def __init__(self, message: str, why: Optional[BaseException] = None) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 def _signal_name(number: int) -> str:
     try:
         return f"{signal.Signals(number).name} (signal {number})"

@@ -38,7 +38,11 @@ class JobserverExecutor(Executor):
         initializer: Called in each worker before its first call. If it fails, the executor is
             broken.
         initargs: The arguments of the initializer.
-        max_tasks_per_child: After how many calls a worker is replaced.
+        max_workers: The same as a count for ``jobserver_or_max_workers``, by the name that the
+            standard library has for it.
+        max_tasks_per_child: After how many calls a worker is replaced, at the latest. As in the
+            standard library it makes ``"spawn"`` the default, and does not go with ``"fork"``
+            (unless a Jobserver is given).
 
     Raises:
         TypeError, ValueError: A malformed argument.
@@ -51,29 +55,26 @@ class JobserverExecutor(Executor):
         initializer: Optional[Callable[..., Any]] = None,
         initargs: tuple[Any, ...] = (),
         *,
+        max_workers: Optional[int] = None,
         max_tasks_per_child: Optional[int] = None,
     ) -> None:
         check_optional_callable("initializer", initializer)
         _check_max_tasks(max_tasks_per_child)
-        owns = not isinstance(jobserver_or_max_workers, Jobserver)
-        if isinstance(jobserver_or_max_workers, Jobserver):
-            if mp_context is not None:
-                raise ValueError("mp_context is that of the Jobserver: do not give both")
-            jobserver = jobserver_or_max_workers
-        else:
-            count = jobserver_or_max_workers
-            if isinstance(count, int) and count <= 0:
-                raise ValueError("max_workers must be greater than 0")
-            jobserver = Jobserver(mp_context, count)
+        given = jobserver_or_max_workers
+        if max_workers is not None:
+            if given is not None:
+                raise TypeError("give max_workers once, or a Jobserver, not both")
+            given = max_workers
+        owns = not isinstance(given, Jobserver)
+        if not isinstance(given, Jobserver):
+            given = _own_jobserver(given, mp_context, max_tasks_per_child)
+        elif mp_context is not None:
+            raise ValueError("mp_context is that of the Jobserver: do not give both")
         first = None if initializer is None else Initializer(initializer, tuple(initargs))
-        self._engine = Engine(jobserver, first, owns=owns)
+        self._engine = Engine(given, first, owns=owns)
         # Without a reference to the executor: dropping it lets the thread finish and end.
         self._finalizer = weakref.finalize(self, self._engine.stop)
         self._finalizer.atexit = False  # the engine has its own, earlier, hook
-
-    @property
-    def _broken(self) -> Union[bool, str]:
-        return self._engine.broken or False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> StdFuture[T]:
         """
@@ -91,7 +92,7 @@ class JobserverExecutor(Executor):
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: Optional[float] = None,
-        batchesize: int = 1,
+        chunksize: int = 1,
         buffersize: Optional[int] = None,
     ) -> Iterator[T]:
         """
@@ -101,24 +102,24 @@ class JobserverExecutor(Executor):
             fn: What to call.
             iterables: As many as fn takes arguments; the shortest decides.
             timeout: Seconds from this call until the iterator raises TimeoutError.
-            batchesize: So many calls go to one worker together.
+            chunksize: So many calls go to one worker together.
             buffersize: None to read the inputs now; else the number of submissions that may be
                 outstanding, and inputs are read only as needed.
 
         Raises:
             TypeError, ValueError: A malformed argument.
         """
-        if batchesize < 1:
-            raise ValueError("batchesize must be >= 1.")
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else timeout + time.monotonic()
         calls = zip(*iterables)
-        batches = iter(lambda: tuple(itertools.islice(calls, batchesize)), ())
+        batches = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
         first = batches if buffersize is None else itertools.islice(batches, buffersize)
-        futures = deque(self._engine.submit(run_batch, (fn, batch), {}) for batch in first)
+        futures = deque(self.submit(run_batch, fn, batch) for batch in first)
         return _results(futures, weakref.ref(self), fn, batches, end)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -155,6 +156,25 @@ class JobserverExecutor(Executor):
         )
 
 
+def _own_jobserver(
+    count: Optional[int], context: Union[str, BaseContext, None], max_tasks: Optional[int]
+) -> Jobserver:
+    """Make the Jobserver that a process pool of the standard library stands for."""
+    if isinstance(count, bool) or not isinstance(count, (int, type(None))):
+        raise TypeError(f"max_workers must be an int or None, not {type(count).__name__}")
+    if count is not None and count <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    if max_tasks is not None and context is None:
+        context = "spawn"
+    jobserver = Jobserver(context, count)
+    if max_tasks is not None and jobserver.context.get_start_method() == "fork":
+        raise ValueError(
+            "max_tasks_per_child is incompatible with the 'fork' start method;"
+            " supply a different mp_context"
+        )
+    return jobserver
+
+
 def _check_max_tasks(count: Optional[int]) -> None:
     if count is None:
         return
@@ -177,7 +197,7 @@ def _results(
             alive = executor()
             batch = next(batches, None) if alive is not None else None
             if alive is not None and batch is not None:
-                futures.append(alive._engine.submit(run_batch, (fn, batch), {}))
+                futures.append(alive.submit(run_batch, fn, batch))
             del alive, batch
             head = futures.popleft()
             try:

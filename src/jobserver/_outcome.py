@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Optional
 
-from ._errors import SubmissionDied
+from ._errors import SubmissionDied, Untransferable
 from ._wire import DIED, RESULT, Frame
 
 
@@ -53,7 +53,9 @@ class Outcome:
     def _decode(self, frame: Frame) -> None:
         try:
             loaded = frame.load()
-        except Exception as error:  # noqa: BLE001  # whatever the pickled classes raise
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # whatever the pickled classes raise
             self._error = _unreadable(frame, error)
             return
         if frame.kind == RESULT:
@@ -67,12 +69,12 @@ class Outcome:
             self._error = loaded
 
 
-def _unreadable(frame: Frame, error: Exception) -> BaseException:
+def _unreadable(frame: Frame, error: BaseException) -> BaseException:
     what = "result" if frame.kind == RESULT else "exception"
     failure: BaseException
     if frame.kind == DIED:
         failure = SubmissionDied(frame.exitcode, f"its cause cannot be unpickled here: {error!r}")
     else:
-        failure = RuntimeError(f"the {what} of the job cannot be unpickled here: {error!r}")
+        failure = Untransferable(f"the {what} of the job cannot be unpickled here: {error!r}")
     failure.__cause__ = RemoteTraceback(frame.text) if frame.text else error
     return failure

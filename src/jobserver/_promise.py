@@ -5,7 +5,7 @@ The futures of an executor: the standard library's, and they know who is going t
 
 Guarantees:
 
-* Whoever takes a promise out of what is pending, and nobody else, tells its waiters what comes next.
+* Whoever takes a promise out of what is pending, and nobody else, tells its waiters what is next.
 * A cancelled promise is forgotten at once: its waiters are told, its arguments are let go.
 * A promise that is done refers to its result alone.
 """

@@ -202,14 +202,6 @@ class Reactor:
             if sleeper.target is future or sleeper.target is future._sink:
                 sleeper.wake()
 
-    def notify(self, target: object) -> None:
-        """Have the threads that wait for ``target`` test again."""
-        with self.lock:
-            for sleeper in self._followers:
-                if sleeper.target is target:
-                    sleeper.wake()
-            self._nudge_leader()
-
     def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         own = own_slot()
         if flight.frame is None:
@@ -257,6 +249,14 @@ class Reactor:
         except FileNotFoundError:
             poller.register(fd, mask)
         self._armed.add(fd)
+
+    def disarm(self, fd: int) -> None:
+        """Forget an armed descriptor that is about to be closed."""
+        with self.lock:
+            self._armed.discard(fd)
+            if self._epoll is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._epoll.unregister(fd)
 
     def reap_lingering(self, seconds: float) -> None:
         """Wait, not longer than ``seconds``, for the processes of finished jobs to be gone."""

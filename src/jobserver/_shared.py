@@ -132,7 +132,8 @@ class Shared:
             if lease is not None:
                 self.admission.give_back(lease)
             raise
-        if lent:
+        # An executor's thread has nothing to go on with: who waits for its futures regains.
+        if lent and sink is None:
             self.admission.regain()
         return future
 

@@ -62,8 +62,8 @@ class Wakeup:
             return
         reactor = self._reactor
         with reactor.lock:
-            # The next descriptor of this number must be armed anew. And closing alone is not enough:
-            # a process that is just being forked may share the description.
+            # The next descriptor of this number must be armed anew. And closing alone is not
+            # enough: a process that is just being forked may share the description.
             reactor._armed.discard(fd)
             if reactor._epoll is not None:
                 with contextlib.suppress(FileNotFoundError):

@@ -14,6 +14,7 @@ from multiprocessing import process, util
 from typing import Any, NoReturn
 
 from jobserver import _forking
+from jobserver._callbacks import start_afresh
 from jobserver._flight import Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._worker._main import work
@@ -83,6 +84,7 @@ def open_pidfd(pid: int) -> int:
 
 def _child(task: Task, channel: int, seat: Seat, parent: int) -> NoReturn:
     try:
+        start_afresh()
         run_on(OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell))
         become_worker(parent, forked=True)
         work(task.run, channel)

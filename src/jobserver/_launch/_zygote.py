@@ -18,6 +18,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import errno
 import itertools
 import os
 import pickle
@@ -69,6 +70,7 @@ class ZygoteClient:
     def launch(self, theirs: socket.socket, ours: socket.socket) -> Started:
         """Have a worker forked that owns ``theirs``; call with the launch lock held."""
         with self._lock:
+            # Numbers go on when the zygote is replaced, so none is ever asked for at another one.
             number = next(self._numbers)
             try:
                 kind, value, fds = self._request(FORK, number, theirs.fileno())
@@ -77,12 +79,16 @@ class ZygoteClient:
                 kind, value, fds = self._request(FORK, number, theirs.fileno())
         if kind == FAILED:
             raise OSError(value, f"the zygote cannot fork a worker: {os.strerror(value)}")
-        return Started(value, fds[0], ours.fileno(), lambda: self.exit_status(number))
+        if not fds:
+            # Its pidfd was lost on the way. The worker ends when its channel is closed.
+            raise OSError(errno.EMFILE, "no descriptor is left to watch a worker by")
+        connection = self._connection
+        return Started(value, fds[0], ours.fileno(), lambda: self._exit_status(number, connection))
 
-    def exit_status(self, number: int) -> Optional[int]:
-        """Return the exit status of a worker that has ended; None when the zygote is gone, too."""
+    def _exit_status(self, number: int, connection: Optional[socket.socket]) -> Optional[int]:
+        """Return the exit status of a worker that has ended; None when its zygote is gone, too."""
         with self._lock:
-            if number not in self._exits:
+            if number not in self._exits and connection is self._connection is not None:
                 try:
                     self._request(QUERY, number)
                 except (ZygoteDied, OSError):

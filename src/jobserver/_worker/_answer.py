@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Optional
 
+from jobserver._errors import Untransferable
 from jobserver._wire import DIED, RAISED, RESULT, Buffer, dump
 
 
@@ -51,7 +53,14 @@ def _raised(error: BaseException, text: str) -> Answer:
 
 
 def _unpicklable(what: str, why: Exception, text: str) -> Answer:
-    return Answer(RAISED, text, dump(RuntimeError(f"{what} could not be pickled: {why!r}")))
+    message = f"{what} could not be pickled: {why!r}"
+    try:
+        payload = dump(Untransferable(message, why))
+        # Else the caller would learn of this second failure only.
+        pickle.loads(payload[0], buffers=payload[1:])  # noqa: S301
+    except Exception:  # noqa: BLE001
+        payload = dump(Untransferable(message))
+    return Answer(RAISED, text, payload)
 
 
 def died(error: BaseException) -> Answer:

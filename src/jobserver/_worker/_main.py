@@ -10,7 +10,6 @@ left of the process is the kernel's to take down.
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, Callable, NoReturn
 
 from jobserver._slots._own import own_slot
@@ -37,9 +36,6 @@ def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
     exitcode = 1
     try:
         try:
-            jobs = sys.modules.get("jobserver._ending")
-            if jobs is not None:
-                jobs.finish_jobs()
             finish_process()
         except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
             answer = died(error)

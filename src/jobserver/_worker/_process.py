@@ -68,7 +68,17 @@ def finish_process() -> None:
     """Finish everything that the job has begun in this process, as its end would."""
     _threading: Any = threading
     _util: Any = util
-    for step in (_threading._shutdown, _util._exit_function, atexit._run_exitfuncs):
+    jobs = sys.modules.get("jobserver._ending")
+    finish_jobs = (lambda: None) if jobs is None else jobs.finish_jobs
+    # Threads, and hooks, may have submitted more.
+    for step in (
+        finish_jobs,
+        _threading._shutdown,
+        finish_jobs,
+        _util._exit_function,
+        atexit._run_exitfuncs,
+        finish_jobs,
+    ):
         try:
             step()
         except Exception as error:  # noqa: BLE001  # no reason to lose the answer

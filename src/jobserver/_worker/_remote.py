@@ -10,6 +10,7 @@ import socket
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
+from jobserver._errors import Untransferable
 from jobserver._fds import receive_fds
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame, FrameReader
@@ -90,4 +91,4 @@ def _load(frame: Frame) -> Task:
     try:
         return Task(*frame.load())
     except Exception as error:
-        raise RuntimeError(f"the job could not be unpickled in the worker: {error!r}") from error
+        raise Untransferable(f"the job could not be unpickled in the worker: {error!r}") from error

@@ -14,6 +14,7 @@ Guarantees:
 from __future__ import annotations
 
 import array
+import errno
 import gc
 import importlib
 import os
@@ -121,7 +122,12 @@ class _Client:
 
     def send(self, kind: int, number: int, value: int, fd: int = -1) -> None:
         """Send a message, now or as soon as there is room."""
-        self.unsent.append((MESSAGE.pack(kind, number, value), -1 if fd < 0 else os.dup(fd)))
+        kept = -1
+        if fd >= 0:
+            # Out of descriptors: the client, who misses this one, gives the worker up.
+            with suppress(OSError):
+                kept = os.dup(fd)
+        self.unsent.append((MESSAGE.pack(kind, number, value), kept))
         self.flush()
 
     def flush(self) -> None:
@@ -201,6 +207,9 @@ class _Zygote:
             kind, number, _value = MESSAGE.unpack(data)
             if kind == PING:
                 client.send(THREADED if self._threaded else READY, number, 0)
+            elif kind == FORK and not fds:
+                # The kernel had no descriptor left here for the one that came along.
+                client.send(FAILED, number, errno.EMFILE)
             elif kind == FORK:
                 self._fork(client, number, fds[0])
             elif kind == QUERY:
