@@ -36,8 +36,9 @@ _issuing = _Issuing()
 
 def start_afresh() -> None:
     """In a new worker: it may have been forked from within a callback, and is in none."""
-    global _issuing  # noqa: PLW0603
-    _issuing = _Issuing()
+    if _issuing.active:
+        _issuing.active = False
+        _issuing.later = deque()
 
 
 def issuing() -> bool:

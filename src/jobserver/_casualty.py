@@ -14,7 +14,7 @@ from __future__ import annotations
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ._errors import SubmissionDied
+from ._errors import SubmissionDied, Untransferable
 
 
 class WorkerDied(SubmissionDied, BrokenProcessPool):
@@ -45,8 +45,18 @@ def of_end(error: BaseException, *, died: bool) -> BaseException:
     """Return what an executor raises where a call has ended with ``error``."""
     if died and isinstance(error, SubmissionDied):
         return _of_death(error)
+    if isinstance(error, Untransferable):
+        return _of_transfer(error)
     # Without the traceback of this process, whose frames refer to the promise that refers to it.
     return error.with_traceback(None)
+
+
+def _of_transfer(error: Untransferable) -> BaseException:
+    told = error.why  # what pickling raised in the worker
+    if told is None:
+        told = BrokenProcessPool(str(error))
+    told.__cause__ = error.__cause__
+    return told
 
 
 def _of_death(death: SubmissionDied) -> BaseException:

@@ -14,12 +14,15 @@ import warnings
 
 from ._admission import Admission
 from ._errors import CallbackRaised
+from ._forking import stale
 from ._reactor import active_reactors
 
 
 @atexit.register
 def finish_jobs() -> None:
     """Wait for all jobs that this process has submitted, and issue their callbacks."""
+    if stale():
+        return  # this worker has submitted nothing: what is in flight is its parent's
     for reactor in active_reactors():
         admission = Admission(reactor)
         while True:

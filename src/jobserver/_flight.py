@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
@@ -143,11 +142,7 @@ class Flight:
             os.close(fd)
 
     def forget(self) -> None:
-        """In a forked child: close what is the parent's."""
-        for fd in (self.channel, self.pidfd):
-            if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+        """In a forked child, where the parent's descriptors have been closed."""
         self.channel = self.pidfd = -1
 
 

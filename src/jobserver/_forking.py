@@ -5,11 +5,15 @@ What must be right when this process forks, at any instant and in any thread.
 
 Guarantees:
 
-* Whoever opens descriptors that a forked child must not keep does so, and notes them in a tracked
-  object, under ``launch_lock``. The lock is taken around every fork, also the user's own, so a
-  child never inherits a descriptor that is nowhere noted: end-of-file on a channel means death.
-* In the child each tracked object closes what is the parent's alone, and forgets it. Before any of
-  them the epoch changes, which makes inert whatever acts on descriptors when it is finalized.
+* Whoever opens descriptors that a forked child must not keep does so, and notes them in ``owned``
+  or in a tracked object, under ``launch_lock``. The lock is taken around every fork, also the
+  user's own, so a child never inherits a descriptor that is nowhere noted: end-of-file on a channel
+  means death.
+* In the child they are closed at once. Before anything else the epoch changes, which makes inert
+  whatever acts on descriptors when it is finalized.
+* What tracked objects remember of the parent's jobs they forget in the child, at once; or, in a
+  worker of ours, when the job first uses one of them (``settle``): most jobs never do, and each
+  page that a child writes to costs as much as hundreds of instructions.
 """
 
 from __future__ import annotations
@@ -17,88 +21,100 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 
 class _Tracked(Protocol):
     def after_fork_in_child(self, passed: frozenset[int]) -> None: ...
 
 
-class _State:
-    """The one per-process state, so that a fork can replace it whole."""
+# Descriptors that are this process's alone.
+owned: set[int] = set()
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.tracked: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.passed: frozenset[int] = frozenset()
-        self.epoch = 0
+_lock = threading.RLock()
+_at_once: weakref.WeakSet[Any] = weakref.WeakSet()
+_at_leisure: weakref.WeakSet[Any] = weakref.WeakSet()
+_epoch = 0
+# What the child being forked keeps; None when it is not a worker of ours.
+_passed: Optional[frozenset[int]] = None
+# Set in a worker: what its parent remembered is still to be forgotten.
+_stale = False
 
 
-_state = _State()
-
-
-def launch_lock() -> threading.RLock:  # type: ignore[valid-type, unused-ignore]
+def launch_lock() -> Any:
     """Return the lock that is held while a worker is launched, and around every fork."""
-    return _state.lock
+    return _lock
 
 
 def epoch() -> int:
     """Return a number that differs between a process and those forked from it."""
-    return _state.epoch
+    return _epoch
 
 
-def track(thing: _Tracked) -> None:
-    """Have ``thing.after_fork_in_child`` called in every forked child, while ``thing`` lives."""
-    with _state.lock:
-        _state.tracked.add(thing)
+def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
+    """
+    Have ``thing.after_fork_in_child`` called in every forked child, while ``thing`` lives.
+
+    Args:
+        thing: Who is to forget what is the parent's.
+        at_leisure: It may wait for ``settle``: its descriptors are in ``owned``.
+    """
+    with _lock:
+        (_at_leisure if at_leisure else _at_once).add(thing)
 
 
 def fork(passed: frozenset[int]) -> int:
-    """Fork; the child keeps the descriptors ``passed``. Call with ``launch_lock`` held."""
-    _state.passed = passed
+    """Fork a worker that keeps the descriptors ``passed``; call with ``launch_lock`` held."""
+    global _passed  # noqa: PLW0603
+    _passed = passed
     try:
         return os.fork()
     finally:
-        _state.passed = frozenset()
+        _passed = None
 
 
-class _Pending:
-    """Descriptors that are between their opening and their being noted in a tracked object."""
-
-    def __init__(self) -> None:
-        self._fds: set[int] = set()
-
-    def add(self, fd: int) -> None:
-        self._fds.add(fd)
-
-    def discard(self, fd: int) -> None:
-        self._fds.discard(fd)
-
-    def after_fork_in_child(self, passed: frozenset[int]) -> None:
-        fds, self._fds = self._fds, set()
-        for fd in fds - passed:
-            os.close(fd)
+def settle() -> None:
+    """Called by whatever a job may use first of what it has inherited."""
+    if _stale:
+        _forget_at_leisure()
 
 
-pending = _Pending()
-track(pending)
+def stale() -> bool:
+    """Say whether what this process remembers is its parent's."""
+    return _stale
+
+
+def _forget_at_leisure() -> None:
+    global _stale  # noqa: PLW0603
+    _stale = False
+    for thing in list(_at_leisure):
+        thing.after_fork_in_child(frozenset())
 
 
 def _before() -> None:
-    _state.lock.acquire()
+    _lock.acquire()
 
 
 def _after_in_parent() -> None:
-    _state.lock.release()
+    _lock.release()
 
 
 def _after_in_child() -> None:
-    _state.epoch += 1
-    tracked, passed = list(_state.tracked), _state.passed
-    # The lock was held by the forking thread, which is this one under a new identity.
-    _state.lock = threading.RLock()
-    for thing in tracked:
+    global _epoch, _stale  # noqa: PLW0603
+    _epoch += 1
+    # Acquired before the fork by this very thread, the only one that there is now.
+    _lock.release()
+    worker = _passed is not None
+    passed: frozenset[int] = _passed or frozenset()
+    for fd in owned:
+        if fd not in passed:
+            os.close(fd)
+    owned.clear()
+    for thing in list(_at_once):
         thing.after_fork_in_child(passed)
+    _stale = True
+    if not worker:
+        _forget_at_leisure()
 
 
 os.register_at_fork(

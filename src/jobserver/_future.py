@@ -8,6 +8,7 @@ import signal as _signal
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Generic, NoReturn, Optional, TypeVar
 
+from . import _forking
 from ._callbacks import issue_now
 from ._check import check_callable, deadline_of
 from ._errors import Blocked
@@ -122,6 +123,7 @@ class Future(Generic[T]):
             CallbackRaised: The Future was done already, and fn has failed.
         """
         check_callable("fn", fn)
+        _forking.settle()
         with self._reactor.lock:
             seqno = self._seqno
             self._seqno += 1
@@ -132,6 +134,7 @@ class Future(Generic[T]):
         return seqno
 
     def _send(self, number: int) -> None:
+        _forking.settle()
         # Checked first, so that a bad number is told also when the job has ended.
         number = _signal.Signals(number) if number in _NAMED else _check_realtime(number)
         with self._reactor.lock:
@@ -144,6 +147,7 @@ class Future(Generic[T]):
         return self._outcome is not None and self._outcome.died
 
     def _refuse_foreign(self) -> None:
+        _forking.settle()
         if self._foreign and self._outcome is None:
             raise RuntimeError(
                 "this Future was in flight when the process forked:"
@@ -151,6 +155,7 @@ class Future(Generic[T]):
             )
 
     def __repr__(self) -> str:
+        _forking.settle()
         with self._reactor.lock:
             flight = self._reactor.running.get(self)
             state = "running" if self._outcome is None else "done"

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 # A worker that has answered is gone within a millisecond, unless it has been stopped.
 _LAST_REAP = 0.2
 
+# The parent's epoll objects, in a child. Their descriptors are closed, and the numbers perhaps
+# those of other files by now, which their finalizers would close.
+_inert: list[select.epoll] = []
+
 # Reactors with jobs in flight, so that the end of the process can wait for them all.
 _active: set[Reactor] = set()
 
@@ -66,7 +70,7 @@ class Reactor:
         self._lingering = 0  # workers that have answered and are not reaped yet
         self._leading = False
         self._followers: dict[_Sleeper, None] = {}
-        _forking.track(self)
+        _forking.track(self, at_leisure=True)
 
     def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
         """Track a job that has just been started."""
@@ -179,7 +183,9 @@ class Reactor:
     def _nudge_leader(self) -> None:
         if self._leading:
             if self._nudge < 0:
-                self._nudge = new_fifo(1)
+                with _forking.launch_lock():
+                    self._nudge = new_fifo(1)
+                    _forking.owned.add(self._nudge)
                 self._poller().register(self._nudge, select.EPOLLIN)
             with contextlib.suppress(BlockingIOError):  # full: the leader has yet to look
                 os.write(self._nudge, b"!")
@@ -226,16 +232,20 @@ class Reactor:
 
     def _poller(self) -> select.epoll:
         if self._epoll is None:
-            self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+            with _forking.launch_lock():
+                self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+                _forking.owned.add(self._epoll.fileno())
         return self._epoll
 
     def _watch(self, fd: int, flight: Flight) -> None:
         self._watched[fd] = flight
+        _forking.owned.add(fd)
         self._poller().register(fd, select.EPOLLIN)
 
     def _unwatch(self, fd: int) -> None:
         # Closing is not enough: a process that is just being forked may share the description.
         del self._watched[fd]
+        _forking.owned.discard(fd)
         self._poller().unregister(fd)
 
     def _arm(self, fd: int) -> None:
@@ -291,10 +301,12 @@ class Reactor:
         if self._leading or self._watched:
             return
         if self._nudge >= 0:
+            _forking.owned.discard(self._nudge)
             os.close(self._nudge)
             self._nudge = -1
         epoll, self._epoll = self._epoll, None
         if epoll is not None:
+            _forking.owned.discard(epoll.fileno())
             epoll.close()
         self._armed.clear()
         # A job on this pool has its own slot to return, at its very end.
@@ -302,17 +314,15 @@ class Reactor:
             self.slots.close()
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
-        """Forget what the parent has in flight."""
+        """Forget what the parent has in flight; its descriptors are closed already."""
         epoll, self._epoll = self._epoll, None
         if epoll is not None:
-            epoll.close()
-        for flight in set(self._watched.values()):
+            _inert.append(epoll)
+        for flight in self._watched.values():
             flight.forget()
         for future in self.running:
             future._foreign = True
-        if self._nudge >= 0:
-            os.close(self._nudge)
-            self._nudge = -1
+        self._nudge = -1
         self.lock = threading.Lock()
         self.ready = deque()
         self.claimed = set()

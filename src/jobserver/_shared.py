@@ -52,11 +52,12 @@ class Shared:
         self._entered = 0
         self._lock = threading.Lock()
         _by_key[slots.key] = self
-        _forking.track(self)
+        _forking.track(self, at_leisure=True)
 
     @classmethod
     def create(cls, context: Context, slots: Optional[int]) -> Shared:
         """Make a pool of its own."""
+        _forking.settle()
         found = resolve_context(context)
         if slots is not None:
             check_slots(slots)
@@ -80,6 +81,7 @@ class Shared:
 
     def refuse_closed(self) -> None:
         """Raise RuntimeError if closed."""
+        _forking.settle()
         if self.closed:
             raise RuntimeError("Jobserver is closed")
 
@@ -91,6 +93,7 @@ class Shared:
 
     def exit(self) -> None:
         """Leave a with-block; the last one reaps, drains the callbacks and closes."""
+        _forking.settle()
         with self._lock:
             last = self._entered == 1
             self._entered = max(0, self._entered - 1)
@@ -152,7 +155,7 @@ class Shared:
             started.kill()
             raise
         finally:
-            _forking.pending.discard(started.channel)
+            _forking.owned.discard(started.channel)  # the reactor has it now, or it is closed
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The parent's with-blocks are the parent's."""
@@ -160,6 +163,7 @@ class Shared:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
+        _forking.settle()
         return f"Jobserver({self.method!r}, tracked={len(self.reactor.running)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -181,6 +185,8 @@ class Canary:
 
     def __del__(self) -> None:
         reactor = self.shared.reactor
+        if _forking.stale():
+            return  # what is in flight is the parent's
         if reactor.running and not reactor.closed:
             count = len(reactor.running)
             warnings.warn(

@@ -58,17 +58,9 @@ class Wakeup:
         with self._lock:
             fd, self._fd = self._fd, -1
             self.rung = False
-        if fd < 0:
-            return
-        reactor = self._reactor
-        with reactor.lock:
-            # The next descriptor of this number must be armed anew. And closing alone is not
-            # enough: a process that is just being forked may share the description.
-            reactor._armed.discard(fd)
-            if reactor._epoll is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    reactor._epoll.unregister(fd)
-        os.close(fd)
+        if fd >= 0:
+            self._reactor.disarm(fd)
+            os.close(fd)
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The thread is the parent's."""

@@ -10,10 +10,12 @@ are little-endian. Channels are anonymous and made by ourselves; nothing else is
 
 from __future__ import annotations
 
+import copyreg
 import io
 import os
 import pickle
 import struct
+from collections import ChainMap
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Optional, Union
@@ -30,7 +32,9 @@ RETURNED = 1  # flag: the worker has returned its slot by itself
 
 _MAGIC = b"JsF1"
 _HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
-_LENGTH = struct.Struct("<Q")
+_LENGTH_SIZE = 8
+# A frame below this size is copied into one piece, so that one system call sends it.
+_JOINED = 1 << 15
 # A buffer below this size is cheaper inside the pickle than as a segment of its own.
 _OUT_OF_BAND = 1 << 14
 _MAX_SEGMENTS = 1 << 24
@@ -65,8 +69,21 @@ class Frame:
         return pickle.loads(self.segments[1], buffers=self.segments[2:])  # noqa: S301
 
 
+# What needs none of multiprocessing's reductions, and has no buffers.
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+class _Pickler(pickle.Pickler):
+    """ForkingPickler without its constructor, which costs more than most pickles."""
+
+    _reducers: Any = ForkingPickler
+    dispatch_table = ChainMap(_reducers._extra_reducers, copyreg.dispatch_table)
+
+
 def dump(value: Any) -> list[Buffer]:
     """Pickle ``value`` the way multiprocessing does: the pickle, then its out-of-band buffers."""
+    if type(value) in _PLAIN:
+        return [pickle.dumps(value, 5)]
     stream = io.BytesIO()
     buffers: list[Buffer] = []
 
@@ -80,7 +97,7 @@ def dump(value: Any) -> list[Buffer]:
         buffers.append(raw)
         return False
 
-    ForkingPickler(stream, 5, True, in_band).dump(value)  # type: ignore[call-arg, unused-ignore]
+    _Pickler(stream, 5, buffer_callback=in_band).dump(value)
     return [stream.getbuffer(), *buffers]
 
 
@@ -95,9 +112,11 @@ def encode(
     """Return the pieces of a frame, ready for ``send``."""
     first = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     segments: list[Buffer] = [first, *payload]
-    head = bytearray(_HEADER.pack(_MAGIC, kind, flags, exitcode, len(segments)))
-    for segment in segments:
-        head += _LENGTH.pack(memoryview(segment).nbytes)
+    count = len(segments)
+    lengths = [len(segment) for segment in segments]  # all are buffers of bytes
+    head = _HEADER.pack(_MAGIC, kind, flags, exitcode, count) + struct.pack(f"<{count}Q", *lengths)
+    if sum(lengths) < _JOINED:
+        return [head + b"".join(segments)]
     return [head, *segments]
 
 
@@ -105,7 +124,8 @@ def send(fd: int, pieces: Sequence[Buffer]) -> None:
     """Write all pieces to a blocking descriptor."""
     pending = [memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes]
     while pending:
-        written = os.writev(fd, pending[:_IOV_MAX])
+        single = len(pending) == 1
+        written = os.write(fd, pending[0]) if single else os.writev(fd, pending[:_IOV_MAX])
         while pending and written >= pending[0].nbytes:
             written -= pending.pop(0).nbytes
         if written:
@@ -153,18 +173,11 @@ class FrameReader:
             count = os.readv(fd, self._targets[:_IOV_MAX])
             self._advance(count)
             return count
-        data = os.read(fd, self._head_missing())
+        # Greedily: on a channel nothing follows a frame before the frame has been answered.
+        data = os.read(fd, _FIRST_READ)
         self._head += data
         self._parse_head()
         return len(data)
-
-    def _head_missing(self) -> int:
-        # A stream may carry the next frame right behind this one, so a task reader must not read
-        # past the head; the answer is the last thing on its channel, and may be read greedily.
-        if len(self._head) < _HEADER.size:
-            return _HEADER.size - len(self._head)
-        count = _HEADER.unpack_from(self._head)[4]
-        return int(_HEADER.size + count * _LENGTH.size - len(self._head))
 
     def _parse_head(self) -> None:
         if len(self._head) < _HEADER.size:
@@ -172,15 +185,29 @@ class FrameReader:
         magic, kind, flags, exitcode, count = _HEADER.unpack_from(self._head)
         if magic != _MAGIC or kind not in _KINDS or not 2 <= count <= _MAX_SEGMENTS:
             raise Corrupt(f"not a frame: {bytes(self._head[:16])!r}")
-        if len(self._head) < _HEADER.size + count * _LENGTH.size:
+        if len(self._head) < _HEADER.size + count * _LENGTH_SIZE:
             return
         lengths = struct.unpack_from(f"<{count}Q", self._head, _HEADER.size)
+        start = _HEADER.size + count * _LENGTH_SIZE
+        segments: list[bytearray] = []
         try:
-            segments = [bytearray(length) for length in lengths]
+            for length in lengths:
+                end = start + length
+                segment = self._head[start:end]
+                if len(segment) < length:
+                    # The rest is read to where it belongs.
+                    whole = bytearray(length)
+                    whole[: len(segment)] = segment
+                    self._targets.append(memoryview(whole)[len(segment) :])
+                    segment = whole
+                segments.append(segment)
+                start = min(end, len(self._head))
         except (MemoryError, OverflowError) as error:
             raise Corrupt(f"no memory for a frame of {sum(lengths)} bytes") from error
+        if start < len(self._head):
+            raise Corrupt("something follows the frame")
+        self._head = bytearray()
         self._frame = Frame(kind, flags, exitcode, segments)
-        self._targets = [memoryview(segment) for segment in segments if segment]
 
     def _advance(self, count: int) -> None:
         while self._targets and count >= self._targets[0].nbytes:

@@ -10,15 +10,15 @@ child touches the cheaper it is: no Process object is started, no module loaded.
 from __future__ import annotations
 
 import os
-from multiprocessing import process, util
+from multiprocessing import util
 from typing import Any, NoReturn
 
 from jobserver import _forking
 from jobserver._callbacks import start_afresh
 from jobserver._flight import Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
-from jobserver._worker._main import work
-from jobserver._worker._process import become_worker, report
+from jobserver._worker._main import Job
+from jobserver._worker._process import Identity, report
 from jobserver._worker._task import Task
 
 from ._seat import Seat
@@ -35,16 +35,18 @@ class ForkLauncher:
         """Start a worker; call with the launch lock held."""
         flush: Any = util
         flush._flush_std_streams()  # else what is buffered would be written twice
-        bookkeeping: Any = process
-        next(bookkeeping._process_counter)  # so that siblings differ in their _identity
         reader, writer = os.pipe()
         parent = os.getpid()
+        # All that the child can do without making, as what it writes to it must copy first.
+        identity = Identity(parent)
+        own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
+        job = Job(prepared.run, writer)
         pid = -1
         try:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
                 os.close(reader)
-                _child(prepared, writer, seat, parent)
+                _child(job, identity, own)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
@@ -55,12 +57,12 @@ class ForkLauncher:
         finally:
             if os.getpid() == parent:
                 os.close(writer)
-        _forking.pending.add(reader)
+        _forking.owned.add(reader)
         os.set_blocking(reader, False)
         try:
             pidfd = open_pidfd(pid)
         except BaseException:
-            _forking.pending.discard(reader)
+            _forking.owned.discard(reader)
             os.close(reader)
             raise
         return Started(pid, pidfd, reader, lambda: child_exit_status(pidfd))
@@ -82,12 +84,12 @@ def open_pidfd(pid: int) -> int:
         raise
 
 
-def _child(task: Task, channel: int, seat: Seat, parent: int) -> NoReturn:
+def _child(job: Job, identity: Identity, own: OwnSlot) -> NoReturn:
     try:
         start_afresh()
-        run_on(OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell))
-        become_worker(parent, forked=True)
-        work(task.run, channel)
+        run_on(own)
+        identity.assume(forked=True)
+        job.work()
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called
         report(error)
     finally:

@@ -55,7 +55,7 @@ class RemoteLauncher:
         except BaseException:
             ours.close()
             raise
-        _forking.pending.add(ours.detach())
+        _forking.owned.add(ours.detach())
         return started
 
     def deliver(self, prepared: Prepared, seat: Seat, started: Started) -> None:

@@ -65,7 +65,7 @@ class ZygoteClient:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exits: dict[int, int] = {}
-        _forking.track(self)
+        _forking.track(self, at_leisure=True)
 
     def launch(self, theirs: socket.socket, ours: socket.socket) -> Started:
         """Have a worker forked that owns ``theirs``; call with the launch lock held."""
@@ -138,6 +138,7 @@ class ZygoteClient:
                 ours.close()
                 raise ZygoteDied from error
         self._connection = ours
+        _forking.owned.add(ours.fileno())
         return ours
 
     def _start(self, *, import_main: bool) -> None:
@@ -164,6 +165,7 @@ class ZygoteClient:
             server.close()
             os.close(reader)
         self.known, self._door, self._alive = known, door, writer
+        _forking.owned.add(writer)
         self._tell(pickle.dumps(told))
         try:
             kind, _value, _fds = self._request(PING, 0)
@@ -193,9 +195,11 @@ class ZygoteClient:
         status = None
         for sock in (self._connection, self._door):
             if sock is not None:
+                _forking.owned.discard(sock.fileno())
                 sock.close()
         self._connection = self._door = None
         if self._alive >= 0:
+            _forking.owned.discard(self._alive)
             os.close(self._alive)
             self._alive = -1
             if self._pid > 0:
@@ -204,15 +208,13 @@ class ZygoteClient:
         return status
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
-        """Keep the door; the connection and the ownership are the parent's."""
+        """Keep the door; the connection and the ownership are the parent's, and closed here."""
         self._lock = threading.Lock()
         self._exits = {}
         if self._connection is not None:
-            self._connection.close()
+            self._connection.detach()
             self._connection = None
-        if self._alive >= 0:
-            os.close(self._alive)
-            self._alive = -1
+        self._alive = -1
 
     def end(self) -> None:
         """At the end of this process: let the zygote end, too."""

@@ -19,46 +19,57 @@ from ._answer import Answer, answer_of, died
 from ._process import finish_process, flush_streams
 
 
-def work(call: Callable[[], Any], channel: int) -> NoReturn:
-    """Run a job and answer on ``channel``. Ends the process, whatever happens."""
-    me = os.getpid()
-    identity = _identity(channel)
-    answer = answer_of(call)
-    if os.getpid() != me:
-        # fn has forked and let the child return, too: only the original answers.
-        flush_streams()
-        os._exit(0)
-    end(answer, channel, identity)
+class Job:
+    """
+    One call, and the channel on which it is to be answered.
 
+    Args:
+        call: What to run; it has its arguments.
+        channel: A blocking descriptor.
+    """
 
-def end(answer: Answer, channel: int, identity: tuple[int, int]) -> NoReturn:
-    """Finish everything, send the answer, end."""
-    exitcode = 1
-    try:
+    __slots__ = ("_call", "_channel", "_file")
+
+    def __init__(self, call: Callable[[], Any], channel: int) -> None:
+        self._call = call
+        self._channel = channel
+        self._file = os.fstat(channel).st_ino
+
+    def work(self) -> NoReturn:
+        """Run the job and answer. Ends the process, whatever happens."""
+        me = os.getpid()
+        answer = answer_of(self._call)
+        if os.getpid() != me:
+            # fn has forked and let the child return, too: only the original answers.
+            flush_streams()
+            os._exit(0)
+        self._end(answer)
+
+    def _end(self, answer: Answer) -> NoReturn:
+        exitcode = 1
         try:
-            finish_process()
-        except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
-            answer = died(error)
-        exitcode = answer.exitcode
-        flags = RETURNED if own_slot().returned() else 0
-        pieces = encode(
-            answer.kind, answer.text, answer.payload, flags=flags, exitcode=answer.exitcode
-        )
+            try:
+                finish_process()
+            except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
+                answer = died(error)
+            exitcode = answer.exitcode
+            flags = RETURNED if own_slot().returned() else 0
+            pieces = encode(
+                answer.kind, answer.text, answer.payload, flags=flags, exitcode=answer.exitcode
+            )
+            if self._is_open():
+                send(self._channel, pieces)
+            elif answer.kind != DIED:
+                exitcode = 1
+        except OSError:
+            # Whoever was to have the answer is gone.
+            exitcode = exitcode or 1
+        finally:
+            os._exit(exitcode)
+
+    def _is_open(self) -> bool:
         # The job may have closed the channel, and opened another file under its number.
-        if _identity(channel) == identity:
-            send(channel, pieces)
-        elif answer.kind != DIED:
-            exitcode = 1
-    except OSError:
-        # Whoever was to have the answer is gone, or has closed the channel.
-        exitcode = exitcode or 1
-    finally:
-        os._exit(exitcode)
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return -1, -1
-    return status.st_dev, status.st_ino
+        try:
+            return os.fstat(self._channel).st_ino == self._file
+        except OSError:
+            return False

@@ -4,86 +4,129 @@
 Make a fresh process look to its job as multiprocessing's own would.
 
 ``current_process()``, ``parent_process()``, finalizers, after-fork hooks, a stdin that is
-/dev/null: libraries rely on them.
+/dev/null: libraries rely on them. All objects are made in the parent, before the fork (``Identity``),
+and steps that have nothing to do are left out: a page that a fresh child writes to, and be it for a
+reference count, costs a page fault.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
+import io
 import itertools
 import os
 import signal
 import sys
 import threading
 from multiprocessing import process, util
-from typing import Any
+from typing import Any, Callable, Optional
 
 NAME = "Jobserver-worker"
+
+_process: Any = process
+_util: Any = util
+_threading: Any = threading
 
 
 class WorkerProcess(process.BaseProcess):
     """What ``multiprocessing.current_process()`` returns in a worker."""
 
-    def __init__(self, parent: process.BaseProcess, parent_pid: int) -> None:
-        super().__init__(name=NAME)
-        state: Any = self
-        state._parent_pid = parent_pid
-        state._parent_name = parent.name
+
+class _Parent(_process._ParentProcess):  # type: ignore[misc]
+    """What ``multiprocessing.parent_process()`` returns in a worker."""
+
+    @property
+    def _sentinel(self) -> int:
+        # Readable once the parent is gone, as a pidfd is; opened when it is first asked for.
+        if self.__dict__.get("_pidfd") is None:
+            self.__dict__["_pidfd"] = os.pidfd_open(self._pid)
+        return int(self.__dict__["_pidfd"])
+
+    @_sentinel.setter
+    def _sentinel(self, sentinel: int) -> None:
+        pass
 
 
-def become_worker(parent_pid: int, *, forked: bool) -> None:
-    """Set up multiprocessing's view of this process."""
-    # What was frozen is not traversed by the collector, so its pages stay shared with the parent.
-    gc.freeze()
-    state: Any = process
-    parent = state._current_process
-    me: Any = WorkerProcess(parent, parent_pid)
-    me._config.pop("daemon", None)
-    state._process_counter = itertools.count(1)
-    state._children = set()
-    state._current_process = me
-    state._parent_process = state._ParentProcess(parent.name, parent_pid, _sentinel(parent_pid))
-    if forked:
-        atexit._clear()  # those of the parent are the parent's
-        with contextlib.suppress(ValueError):  # not the main thread: the parent's wakeup fd
-            signal.set_wakeup_fd(-1)
-        hooks: Any = util
-        hooks._finalizer_registry.clear()
-        hooks._run_after_forkers()
-        hooks._close_stdin()
+class _NoInput(io.TextIOWrapper):
+    """A stdin at its end, without a descriptor to be opened for it in each worker."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+
+    def fileno(self) -> int:
+        return 0
 
 
-def _sentinel(pid: int) -> int:
-    # parent_process().is_alive() and join() wait on a descriptor that is readable once the parent
-    # is gone: a pidfd is just that.
+_NO_INPUT = _NoInput()
+
+
+class Identity:
+    """Who the next worker will be; made in its parent."""
+
+    def __init__(self, parent_pid: int) -> None:
+        parent = _process._current_process
+        me: Any = WorkerProcess(name=NAME)
+        me._parent_pid = parent_pid
+        me._parent_name = parent.name
+        me._config.pop("daemon", None)
+        self._me = me
+        self._parent = _Parent(parent.name, parent_pid, -1)
+        self._counter = itertools.count(1)
+        self._children: set[Any] = set()
+
+    def assume(self, *, forked: bool) -> None:
+        """In the worker: be that process."""
+        # What is frozen is not traversed by the collector, so its pages stay shared.
+        gc.freeze()
+        _process._process_counter = self._counter
+        _process._children = self._children
+        _process._current_process = self._me
+        _process._parent_process = self._parent
+        if forked:
+            _forget_parent()
+
+
+def _forget_parent() -> None:
+    atexit._clear()  # those of the parent are the parent's
     try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return -1
+        signal.set_wakeup_fd(-1)  # the parent's event loop must not hear of our signals
+    except ValueError:
+        pass  # not the main thread
+    if _util._finalizer_registry:
+        _util._finalizer_registry.clear()
+    if _util._afterfork_registry:
+        _util._run_after_forkers()
+    null = os.open(os.devnull, os.O_RDONLY)
+    if null:
+        os.dup2(null, 0, inheritable=True)
+        os.close(null)
+    sys.stdin = _NO_INPUT
 
 
 def finish_process() -> None:
     """Finish everything that the job has begun in this process, as its end would."""
-    _threading: Any = threading
-    _util: Any = util
-    jobs = sys.modules.get("jobserver._ending")
-    finish_jobs = (lambda: None) if jobs is None else jobs.finish_jobs
-    # Threads, and hooks, may have submitted more.
-    for step in (
-        finish_jobs,
-        _threading._shutdown,
-        finish_jobs,
-        _util._exit_function,
-        atexit._run_exitfuncs,
-        finish_jobs,
-    ):
-        try:
-            step()
-        except Exception as error:  # noqa: BLE001  # no reason to lose the answer
-            report(error)
+    ending = sys.modules.get("jobserver._ending")
+    finish_jobs = None if ending is None else ending.finish_jobs
+    if finish_jobs is not None:
+        finish_jobs()
+    # Threads and hooks may submit more, so jobs are waited for after each of them.
+    if len(_threading._active) > 1 or _threading._limbo:
+        _finish(_threading._shutdown, finish_jobs)
+    if _util._finalizer_registry or _process._children:
+        _finish(_util._exit_function, finish_jobs)
+    if atexit._ncallbacks():
+        _finish(atexit._run_exitfuncs, finish_jobs)
     flush_streams()
+
+
+def _finish(step: Callable[[], None], finish_jobs: Optional[Callable[[], None]]) -> None:
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001  # no reason to lose the answer
+        report(error)
+    if finish_jobs is not None:
+        finish_jobs()
 
 
 def report(error: BaseException) -> None:
@@ -94,5 +137,7 @@ def report(error: BaseException) -> None:
 def flush_streams() -> None:
     """Flush stdout and stderr, which the job may have closed or replaced."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
+        try:
             stream.flush()
+        except (AttributeError, ValueError, OSError):
+            pass

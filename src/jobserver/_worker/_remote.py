@@ -16,8 +16,8 @@ from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame, FrameReader
 
 from . import _inherit
-from ._main import work
-from ._process import NAME, become_worker
+from ._main import Job
+from ._process import NAME, Identity
 from ._task import Task
 
 
@@ -44,7 +44,7 @@ def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) 
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
     changed = pickle.loads(frame.segments[0])  # noqa: S301
-    become_worker(changed["parent_pid"], forked=told is not None)
+    Identity(changed["parent_pid"]).assume(forked=told is not None)
     tracker: Any = resource_tracker
     tracker._resource_tracker._fd = fds.pop(0)
     key, has_lease, place, has_bell = changed["seat"]
@@ -59,7 +59,7 @@ def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) 
         _prepare(changed, told or {})
         return _load(frame).run()
 
-    work(call, channel)
+    Job(call, channel).work()
 
 
 def _receive_frame(channel: int) -> Frame:
