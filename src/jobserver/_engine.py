@@ -26,14 +26,14 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from signal import SIGKILL
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Optional
 
 from . import _forking
+from ._backlog import Backlog, Call
 from ._casualty import of_end, of_start
-from ._check import check_pause
 from ._future import Future
 from ._patience import Patience
 from ._promise import Promise
@@ -52,12 +52,6 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _ended_in: Optional[int] = None  # the process whose interpreter has begun to end
 
 
-class _Call(NamedTuple):
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Engine:
     """Run submitted calls on a Jobserver, in a thread that is started with the first of them."""
 
@@ -72,16 +66,18 @@ class Engine:
         self._patience = Patience(jobserver, self._seek)
         self._initializer = initializer
         self._owns = owns
-        # Reentrant, as the garbage collector may come by with the lock held.
-        self._lock = threading.RLock()
-        self._pending: OrderedDict[Promise[Any], _Call] = OrderedDict()
+        self._backlog = Backlog(jobserver._sleep_fn)
         # Guarded by the lock of the reactor; None for a promise that is already broken.
         self._running: dict[Future[Any], Optional[Promise[Any]]] = {}
         self._sink: deque[Future[Any]] = deque()
         self._lease: Optional[Lease] = None
+        self._cancelling = False  # what finds no slot at once
         self._signal: Optional[int] = None
         self._wakeup: Optional[Wakeup] = None
         self._thread: Optional[threading.Thread] = None
+        # Guards that there is one thread. Finalizers take the lock of the backlog, and this not; so
+        # that one is never held while waiting for any other, and this may be.
+        self._starting = threading.RLock()
         _forking.track(self)
 
     # What any thread may call
@@ -90,17 +86,24 @@ class Engine:
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Promise[Any]:
         """Queue a call."""
-        with self._lock:
-            self._refuse()
+        with self._starting:
+            wakeup = self._wakeup or Wakeup(self._shared.reactor)
             promise: Promise[Any] = Promise(self)
-            self._pending[promise] = _Call(fn, args, kwargs)
             try:
-                if self._wakeup is None:
+                with self._backlog.lock:
+                    self._refuse()
+                    self._wakeup = wakeup
+                    alone = not self._backlog
+                    self._backlog.add(promise, Call(fn, args, kwargs))
+                if self._thread is None:
                     self._start()
-                elif len(self._pending) == 1:
-                    self._wakeup.ring()
+                elif alone:
+                    wakeup.ring()
             except BaseException:
-                self._pending.pop(promise, None)
+                self._backlog.remove(promise)
+                if self._thread is None:
+                    self._wakeup = None
+                    wakeup.close()
                 raise
         return promise
 
@@ -124,52 +127,59 @@ class Engine:
     def _start(self) -> None:
         # Not a daemon: the interpreter's end waits for it, and has told it before (`_at_exit`).
         thread = threading.Thread(target=self._serve, name="JobserverExecutor")
-        self._wakeup = Wakeup(self._shared.reactor)
-        self._thread = thread
         try:
             thread.start()
-        except Exception:  # but not Ctrl-C, which interrupts the waiting for what has started
-            self._thread = None
-            wakeup, self._wakeup = self._wakeup, None
-            wakeup.close()
+        except Exception:
             raise
+        except BaseException:  # Ctrl-C, while the thread has started and is waited for to say so
+            self._thread = thread
+            raise
+        self._thread = thread
         _engines.add(self)
 
-    def stop(self, *, cancel: bool = False) -> None:
-        """Take no more work; end once what is there is done, or now for what is pending."""
+    def stop(self, *, cancel: bool = False, start: bool = True) -> None:
+        """
+        Take no more work; end once what is there is done.
+
+        Args:
+            cancel: Cancel what is pending.
+            start: But not what would be running already if the thread had had the time.
+        """
         if self._foreign:
             return
-        dropped: OrderedDict[Promise[Any], _Call] = OrderedDict()
-        with self._lock:
+        dropped = []
+        keep = self._free() if cancel and start else 0
+        with self._backlog.lock:
             self.stopping = True
             if cancel:
-                dropped, self._pending = self._pending, dropped
+                self._cancelling = True
+                dropped = self._backlog.cut(keep)
             wakeup = self._wakeup
         if wakeup is not None:
             wakeup.ring()
         elif self._owns:
             self._shared.reactor.close()
-        for promise in dropped:
-            promise.drop()
+        while dropped:
+            dropped.pop().drop()
+
+    def _free(self) -> int:
+        with self._shared.reactor.lock:
+            return 0 if self._shared.closed else self._shared.slots.free()
 
     def join(self) -> None:
         """Wait for the thread to end; does nothing on that thread itself."""
-        thread = self._thread
+        with self._starting:
+            thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             with self.awaiting(self):
                 thread.join()
 
     def forget(self, promise: Promise[Any]) -> bool:
         """Drop a call that was cancelled; True if it was pending, so that it is the caller's."""
-        if self._foreign:
+        if self._foreign or not self._backlog.remove(promise):
             return False
-        with self._lock:
-            call = self._pending.pop(promise, None)
-            wakeup = self._wakeup
-        if call is None:
-            return False
-        if wakeup is not None:
-            wakeup.ring()  # it may have been the last one, or the one that sleep_fn held up
+        if self._wakeup is not None:
+            self._wakeup.ring()  # it may have been the last one, or the one that sleep_fn held up
         return True
 
     def awaiting(self, target: object) -> ContextManager[None]:
@@ -188,11 +198,11 @@ class Engine:
         wakeup = self._wakeup
         if wakeup is not None:
             wakeup.ring()
-        return bool(self._pending)
+        return bool(self._backlog)
 
     def counts(self) -> tuple[int, int]:
         """Return how many calls are pending and running."""
-        return len(self._pending), len(self._running)
+        return len(self._backlog), len(self._running)
 
     # The thread
 
@@ -200,10 +210,11 @@ class Engine:
         try:
             while not self._over():
                 try:
-                    self._wait()
+                    sought = self._wait()
                 except OSError as error:
+                    sought = False
                     self._starve(error)
-                self._turn()
+                self._turn(sought)
         except BaseException as error:  # noqa: BLE001  # else every promise would be waited for in vain
             self._break(f"the executor's thread has failed: {error!r}", error)
         finally:
@@ -212,12 +223,13 @@ class Engine:
     def _over(self) -> bool:
         if not self.stopping and self.broken is None:
             return False
-        return not (self._pending or self._running)
+        return not (self._backlog or self._running)
 
-    def _wait(self) -> None:
+    def _wait(self) -> bool:
+        """Wait until there is something to do; says whether a slot was looked for meanwhile."""
         reactor, wakeup = self._shared.reactor, self._wakeup
         assert wakeup is not None  # noqa: S101  # made before the thread
-        head = self._head()
+        head = self._backlog.head()
         if head is not None and head.admitted:
             reactor.wait(
                 self._found,
@@ -232,28 +244,28 @@ class Engine:
             alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
             tick = None if head is None else _TICK
             reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),), tick=tick)
+        return head is not None
 
     def _starve(self, error: OSError) -> None:
         """There was no descriptor to take a slot with: tell the call that it was wanted for."""
-        with self._lock:
-            head = next(iter(self._pending), None)
-        if head is None:
+        first = self._backlog.first()
+        if first is None:
             raise error
-        self._settle(head, of_start(error))
+        if not self._shared.closed:  # else it is to be told that
+            self._backlog.fail(first, of_start(error))
 
     def _due(self) -> bool:
         wakeup = self._wakeup
         if self._sink or (wakeup is not None and wakeup.rung):
             return True
-        return self._shared.closed and bool(self._pending)
+        return self._shared.closed and bool(self._backlog)
 
     def _found(self) -> bool:
-        if self._due() or not self._pending:
-            return True
-        self._lease = self._shared.slots.try_take() or self._patience.lend()
-        return self._lease is not None
+        if self._backlog and not self._shared.closed:
+            self._lease = self._shared.slots.try_take() or self._patience.lend()
+        return self._lease is not None or not self._backlog or self._cancelling or self._due()
 
-    def _turn(self) -> None:
+    def _turn(self, sought: bool) -> None:
         if self._wakeup is not None:
             self._wakeup.quiet()
         while self._sink:
@@ -262,40 +274,13 @@ class Engine:
         if lease is not None:
             self._launch(lease)
         elif self._shared.closed:
-            self._drop_pending(RuntimeError("Jobserver is closed"))
-
-    def _head(self) -> Optional[Promise[Any]]:
-        """Return the next promise, after asking the Jobserver's sleep_fn about it if it is time."""
-        gate = self.jobserver._sleep_fn
-        while True:
-            with self._lock:
-                head = next(iter(self._pending), None)
-            if head is None or head.admitted or head.asks_at > time.monotonic():
-                return head
-            try:
-                pause = None if gate is None else check_pause(gate())
-            except BaseException as error:  # noqa: BLE001  # told to the call that it was asked for
-                self._settle(head, error)
-                continue
-            if pause is None:
-                head.admitted = True
-            else:
-                head.asks_at = time.monotonic() + pause
-
-    def _next(self) -> Optional[tuple[Promise[Any], _Call]]:
-        """Take out the next call, if sleep_fn has let it in, and if it is not being cancelled."""
-        while True:
-            with self._lock:
-                head = next(iter(self._pending), None)
-                if head is None or not head.admitted:
-                    return None
-                call = self._pending.pop(head)
-            if head.told():
-                return head, call
+            self._backlog.fail_all(RuntimeError("Jobserver is closed"))
+        elif self._cancelling and sought:
+            self.stop(cancel=True, start=False)
 
     def _launch(self, lease: Lease) -> None:
         """Start the next call on ``lease``."""
-        found = self._next()
+        found = self._backlog.take()
         if found is None:
             self._shared.admission.give_back(lease)
             return
@@ -314,7 +299,7 @@ class Engine:
         if self._signal is not None:
             job._send(self._signal)
 
-    def _task(self, call: _Call) -> Task:
+    def _task(self, call: Call) -> Task:
         js = self.jobserver
         if self._initializer is not None:
             return Task(self._initializer, tuple(call), {}, js._env, js._preexec_fn)
@@ -342,23 +327,9 @@ class Engine:
         else:
             promise.resolve(value)
 
-    def _settle(self, promise: Promise[Any], error: BaseException) -> None:
-        """Fail a pending call, unless it is cancelled."""
-        with self._lock:
-            owned = self._pending.pop(promise, None) is not None
-        if owned and promise.told():
-            promise.resolve(None, error)
-
-    def _drop_pending(self, error: BaseException) -> None:
-        while self._pending:
-            with self._lock:
-                promise = next(iter(self._pending), None)
-            if promise is not None:
-                self._settle(promise, error)
-
     def _break(self, why: str, error: Optional[BaseException]) -> None:
         """Fail everything. The thread goes on until the workers are gone."""
-        with self._lock:
+        with self._backlog.lock:
             self.broken = why
         with self._shared.reactor.lock:
             running = list(self._running.items())
@@ -370,7 +341,7 @@ class Engine:
             job._send(SIGKILL)
             if promise is not None:
                 promise.resolve(None, _broken(why, error))
-        self._drop_pending(_broken(why, error))
+        self._backlog.fail_all(_broken(why, error))
 
     def _close(self) -> None:
         lease, self._lease = self._lease, None
@@ -385,7 +356,8 @@ class Engine:
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The thread is the parent's."""
         self._foreign = True
-        self._lock = threading.RLock()
+        self._backlog.lock = threading.RLock()
+        self._starting = threading.RLock()
         self._thread = None
         _engines.discard(self)
 
@@ -397,7 +369,7 @@ def _broken(why: str, cause: Optional[BaseException]) -> BrokenProcessPool:
 
 
 def _at_exit() -> None:
-    """Let all executors finish their work before threads are joined, as the standard library does."""
+    """Let all executors finish before threads are joined, as the standard library does."""
     global _ended_in  # noqa: PLW0603
     _ended_in = os.getpid()
     engines = list(_engines)

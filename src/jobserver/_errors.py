@@ -85,6 +85,10 @@ class Untransferable(RuntimeError):
         self.why = why
 
 
+class Unguarded(RuntimeError):
+    """A worker that imports the main module has met work being submitted there."""
+
+
 def _signal_name(number: int) -> str:
     try:
         return f"{signal.Signals(number).name} (signal {number})"

@@ -143,7 +143,7 @@ class JobserverExecutor(Executor):
         self._stop_workers(signal.SIGKILL)
 
     def _stop_workers(self, number: int) -> None:
-        self._engine.stop(cancel=True)
+        self._engine.stop(cancel=True, start=False)
         self._engine.signal_workers(number)
 
     def __repr__(self) -> str:

@@ -61,7 +61,8 @@ class Outcome:
         if frame.kind == RESULT:
             self._value = loaded
             return
-        loaded.__cause__ = RemoteTraceback(frame.text)
+        if frame.text:
+            loaded.__cause__ = RemoteTraceback(frame.text)
         if frame.kind == DIED:
             self._error = SubmissionDied(frame.exitcode, f"{type(loaded).__name__} ended it")
             self._error.__cause__ = loaded

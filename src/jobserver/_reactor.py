@@ -67,6 +67,7 @@ class Reactor:
         self._armed: set[int] = set()
         self._epoll: Optional[select.epoll] = None
         self._nudge = -1
+        self._closings = 0  # how often a watched descriptor has been closed
         self._lingering = 0  # workers that have answered and are not reaped yet
         self._leading = False
         self._followers: dict[_Sleeper, None] = {}
@@ -148,9 +149,17 @@ class Reactor:
                         self._retire()
 
     def _lead(self, poller: select.epoll, pause: Optional[float]) -> bool:
+        closings = self._closings
         events = poller.poll(pause)
         with self.lock:
-            self._handle(events)
+            if closings != self._closings:
+                # Another thread has closed descriptors since, and what is reported of a number may
+                # concern another file than the one that bears it now. So look again; only what is
+                # armed for one shot would not be reported twice, and does no harm if it is wrong.
+                self._handle([event for event in events if event[0] not in self._watched])
+                self._handle(poller.poll(0))
+            else:
+                self._handle(events)
         return not events
 
     def _handle(self, events: Sequence[tuple[int, int]]) -> bool:
@@ -244,6 +253,7 @@ class Reactor:
 
     def _unwatch(self, fd: int) -> None:
         # Closing is not enough: a process that is just being forked may share the description.
+        self._closings += 1
         del self._watched[fd]
         _forking.owned.discard(fd)
         self._poller().unregister(fd)

@@ -152,10 +152,9 @@ class Shared:
             self.launcher.deliver(prepared, seat, started)
             self.reactor.add(future, started, lease)
         except BaseException:
+            _forking.owned.discard(started.channel)
             started.kill()
             raise
-        finally:
-            _forking.owned.discard(started.channel)  # the reactor has it now, or it is closed
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The parent's with-blocks are the parent's."""

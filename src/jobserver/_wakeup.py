@@ -28,6 +28,8 @@ class Wakeup:
         self.rung = False
         self._reactor = reactor
         self._lock = threading.RLock()
+        with reactor.lock:
+            reactor._poller()  # so that the thread need not find a descriptor for it
         with _forking.launch_lock():
             self._fd = new_fifo(1)
             _forking.track(self)

@@ -73,11 +73,14 @@ class Frame:
 _PLAIN = frozenset((type(None), bool, int, float, str))
 
 
+_forking_pickler: Any = ForkingPickler
+_reducers: Any = ChainMap(_forking_pickler._extra_reducers, copyreg.dispatch_table)
+
+
 class _Pickler(pickle.Pickler):
     """ForkingPickler without its constructor, which costs more than most pickles."""
 
-    _reducers: Any = ForkingPickler
-    dispatch_table = ChainMap(_reducers._extra_reducers, copyreg.dispatch_table)
+    dispatch_table = _reducers
 
 
 def dump(value: Any) -> list[Buffer]:

@@ -10,6 +10,8 @@ import sys
 from multiprocessing import process, util
 from typing import Any
 
+from jobserver._errors import Unguarded
+
 _GUARD = """\
 work was submitted while a worker was importing the main module.
 
@@ -24,7 +26,7 @@ starts work there must be guarded:
 def refuse_while_importing() -> None:
     """Raise RuntimeError if this process is a worker that is still importing the main module."""
     if getattr(process.current_process(), "_inheriting", False):
-        raise RuntimeError(_GUARD)
+        raise Unguarded(_GUARD)
 
 
 def surroundings() -> dict[str, Any]:

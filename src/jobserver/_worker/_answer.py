@@ -9,7 +9,7 @@ import traceback
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Optional
 
-from jobserver._errors import Untransferable
+from jobserver._errors import Unguarded, Untransferable
 from jobserver._wire import DIED, RAISED, RESULT, Buffer, dump
 
 
@@ -40,6 +40,9 @@ def answer_of(call: Callable[[], Any]) -> Answer:
 
 def raised(error: BaseException) -> Answer:
     """Return the answer for an exception that fn has raised."""
+    if isinstance(error, Unguarded):
+        # The advice says all; the way through the importing of main would only bury it.
+        return _raised(error, "")
     return _raised(error, _text_of(error))
 
 

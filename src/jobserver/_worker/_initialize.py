@@ -4,18 +4,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 
 class InitializerFailed(Exception):
     """The initializer has raised; the text names what."""
 
 
-class Initializer(NamedTuple):
+class Initializer:
     """Calls ``initializer(*initargs)``, then what it is called with."""
 
-    initializer: Callable[..., Any]
-    initargs: tuple[Any, ...]
+    def __init__(self, initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:
+        self.initializer = initializer
+        self.initargs = initargs
 
     def __call__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

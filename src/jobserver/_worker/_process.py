@@ -4,9 +4,9 @@
 Make a fresh process look to its job as multiprocessing's own would.
 
 ``current_process()``, ``parent_process()``, finalizers, after-fork hooks, a stdin that is
-/dev/null: libraries rely on them. All objects are made in the parent, before the fork (``Identity``),
-and steps that have nothing to do are left out: a page that a fresh child writes to, and be it for a
-reference count, costs a page fault.
+/dev/null: libraries rely on them. All objects are made in the parent, before the fork
+(``Identity``), and steps that have nothing to do are left out: a page that a fresh child writes to,
+and be it for a reference count, costs a page fault.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import socket
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
-from jobserver._errors import Untransferable
+from jobserver._errors import Unguarded, Untransferable
 from jobserver._fds import receive_fds
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame, FrameReader
@@ -27,7 +27,7 @@ def main(channel: int) -> NoReturn:
     serve(channel, None, None)
 
 
-def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) -> NoReturn:
+def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[RuntimeError]) -> NoReturn:
     """
     Receive one job and run it.
 
@@ -55,7 +55,7 @@ def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[str]) 
 
     def call() -> Any:
         if failure is not None:
-            raise RuntimeError(f"the main module could not be imported:\n{failure}")
+            raise failure
         _prepare(changed, told or {})
         return _load(frame).run()
 
@@ -81,8 +81,10 @@ def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
         # A zygote that could not import main for its threads leaves that to us.
         main = {key: value for key, value in told.items() if key.startswith("init_main")}
         spawn.prepare({**changed, **main, "name": NAME})  # type: ignore[attr-defined, unused-ignore]
-    except Exception as error:
-        raise RuntimeError(f"the worker could not be prepared: {error}") from error
+    except Unguarded:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the worker could not be prepared: {error!r}") from error
     finally:
         del state._inheriting
 

@@ -32,6 +32,7 @@ from typing import Any, NoReturn, Optional
 
 # All that a worker needs is imported here, once, so that no worker has to.
 from jobserver import _jobserver  # noqa: F401
+from jobserver._errors import Unguarded
 from jobserver._fds import fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
@@ -59,6 +60,8 @@ def main(server: int, door: int, alive: int) -> NoReturn:
         os.set_inheritable(fd, False)
     # Ctrl-C is for the program; workers get their own handler back.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ignored in the program, it would still be here, and nobody could reap the workers.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     told = pickle.loads(_read_exactly(alive, _LENGTH.unpack(_read_exactly(alive, 8))[0]))  # noqa: S301
     failure = _prepare(told)
     threaded = len(sys._current_frames()) > 1
@@ -79,7 +82,7 @@ def _read_exactly(fd: int, count: int) -> bytes:
     return data
 
 
-def _prepare(told: dict[str, Any]) -> Optional[str]:
+def _prepare(told: dict[str, Any]) -> Optional[RuntimeError]:
     """Import what workers will need; returns why importing the main module has failed."""
     os.environ.clear()
     os.environ.update(told["environ"])
@@ -96,8 +99,10 @@ def _prepare(told: dict[str, Any]) -> Optional[str]:
             spawn.prepare(main)  # type: ignore[attr-defined, unused-ignore]
         else:
             told.update(main)
+    except Unguarded as error:
+        return error
     except BaseException:  # noqa: BLE001  # SystemExit from an unguarded main, too
-        return traceback.format_exc()
+        return RuntimeError(f"the main module could not be imported:\n{traceback.format_exc()}")
     finally:
         del state._inheriting
     return None
@@ -156,7 +161,7 @@ class _Zygote:
         server: int,
         door: int,
         alive: int,
-        failure: Optional[str],
+        failure: Optional[RuntimeError],
         told: dict[str, Any],
         *,
         threaded: bool,
