@@ -47,8 +47,7 @@ def of_end(error: BaseException, *, died: bool) -> BaseException:
         return _of_death(error)
     if isinstance(error, Untransferable):
         return _of_transfer(error)
-    # Without the traceback of this process, whose frames refer to the promise that refers to it.
-    return error.with_traceback(None)
+    return error
 
 
 def _of_transfer(error: Untransferable) -> BaseException:

@@ -63,7 +63,7 @@ class Engine:
         self.stopping = False
         self._foreign = False  # made by the process that this one was forked from
         self._shared = jobserver._shared
-        self._patience = Patience(jobserver, self._seek)
+        self._patience = Patience(jobserver)
         self._initializer = initializer
         self._owns = owns
         self._backlog = Backlog(jobserver._sleep_fn)
@@ -184,7 +184,7 @@ class Engine:
 
     def awaiting(self, target: object) -> ContextManager[None]:
         """Return the context in which to wait without a timeout for a promise, or for the end."""
-        return self._patience.awaiting(target)
+        return self._patience.awaiting(target, self._seek)
 
     def signal_workers(self, number: int) -> None:
         """Send a signal to each worker, also to one that is about to start."""
@@ -318,12 +318,15 @@ class Engine:
             return
         try:
             value = outcome.get()
-        except InitializerFailed as failed:
-            why = "an initializer has failed: the executor is broken"
-            promise.resolve(None, _broken(why, failed.__cause__))
-            self._break(why, failed.__cause__)
         except BaseException as error:  # noqa: BLE001
-            promise.resolve(None, of_end(error, died=outcome.died))
+            # The traceback leads to this frame, and that to what refers to the error.
+            error.__traceback__ = None
+            if isinstance(error, InitializerFailed):
+                why = "an initializer has failed: the executor is broken"
+                promise.resolve(None, _broken(why, error.__cause__))
+                self._break(why, error.__cause__)
+            else:
+                promise.resolve(None, of_end(error, died=outcome.died))
         else:
             promise.resolve(value)
 

@@ -31,7 +31,7 @@ class _Tracked(Protocol):
 # Descriptors that are this process's alone.
 owned: set[int] = set()
 
-_lock = threading.RLock()
+_lock: Any = threading.RLock()
 _at_once: weakref.WeakSet[Any] = weakref.WeakSet()
 _at_leisure: weakref.WeakSet[Any] = weakref.WeakSet()
 _epoch = 0
@@ -91,19 +91,11 @@ def _forget_at_leisure() -> None:
         thing.after_fork_in_child(frozenset())
 
 
-def _before() -> None:
-    _lock.acquire()
-
-
-def _after_in_parent() -> None:
-    _lock.release()
-
-
 def _after_in_child() -> None:
     global _epoch, _stale  # noqa: PLW0603
     _epoch += 1
-    # Acquired before the fork by this very thread, the only one that there is now.
-    _lock.release()
+    # However often the thread that forked had acquired it, nobody here is to release it.
+    _lock._at_fork_reinit()
     worker = _passed is not None
     passed: frozenset[int] = _passed or frozenset()
     for fd in owned:
@@ -117,6 +109,8 @@ def _after_in_child() -> None:
         _forget_at_leisure()
 
 
+# The lock's own methods, not functions of ours: no signal handler can run inside them, so no
+# exception from one leaves the lock held.
 os.register_at_fork(
-    before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_in_child
 )

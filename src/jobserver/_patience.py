@@ -28,18 +28,22 @@ class Patience:
 
     Args:
         jobserver: The one that the executor runs on.
-        seek: Has the executor look for a slot anew; says whether any call wants one.
     """
 
-    def __init__(self, jobserver: Jobserver, seek: Callable[[], bool]) -> None:
+    def __init__(self, jobserver: Jobserver) -> None:
         self.jobserver = jobserver
         self.shared = jobserver._shared
-        self.seek = seek
         self._counts: dict[object, int] = {}
 
-    def awaiting(self, target: object) -> _Wait:
-        """Return the context in which to wait for a promise, or for the executor itself."""
-        return _Wait(self, target)
+    def awaiting(self, target: object, seek: Callable[[], bool]) -> _Wait:
+        """
+        Return the context in which to wait.
+
+        Args:
+            target: The promise that is waited for, or the executor.
+            seek: Has the executor look for a slot anew; says whether any call wants one.
+        """
+        return _Wait(self, target, seek)
 
     def lend(self) -> Optional[Lease]:
         """Take the job's own slot if somebody waits; call with the lock held."""
@@ -87,14 +91,15 @@ class Patience:
 class _Wait:
     """The time in which a thread waits."""
 
-    def __init__(self, patience: Patience, target: object) -> None:
+    def __init__(self, patience: Patience, target: object, seek: Callable[[], bool]) -> None:
         self._patience = patience
         self._target = target
+        self._seek = seek
         self._begun = self._rang = False
 
     def __enter__(self) -> None:
         self._begun = self._patience.begin(self._target)
-        if self._begun and self._patience.seek():
+        if self._begun and self._seek():
             # A job without a slot asks those above it, who may be waiting with one.
             self._rang = own_slot().ring()
 

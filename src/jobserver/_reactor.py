@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from . import _forking
 from ._flight import Flight, Started
 from ._outcome import Outcome
+from ._signals import Deferred, deferred
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
@@ -87,7 +88,7 @@ class Reactor:
         """Take note of all that has ended, without waiting."""
         if not self._watched:
             return
-        with self.lock:
+        with deferred(), self.lock:
             if self._handle(self._poller().poll(0)):
                 self._nudge_leader()
 
@@ -116,6 +117,19 @@ class Reactor:
             What the last test said.
         """
         self.reap()
+        with deferred() as signals:
+            return self._wait(signals, test, deadline, target, arm, tick, on_tick)
+
+    def _wait(
+        self,
+        signals: Deferred,
+        test: Callable[[], bool],
+        deadline: Optional[float],
+        target: Optional[object],
+        arm: Sequence[int],
+        tick: Optional[float],
+        on_tick: Callable[[], Any],
+    ) -> bool:
         sleeper = _Sleeper(target, bool(arm))
         leading = False
         try:
@@ -134,7 +148,11 @@ class Reactor:
                     else:
                         self._followers[sleeper] = None
                 poller = self._poller()
-                fruitless = self._lead(poller, pause) if leading else sleeper.sleep(pause)
+                if leading:
+                    fruitless = self._lead(signals, poller, pause)
+                else:
+                    with signals.lifted():
+                        fruitless = sleeper.sleep(pause)
                 if fruitless and tick is not None:
                     on_tick()
         finally:
@@ -148,9 +166,10 @@ class Reactor:
                     else:
                         self._retire()
 
-    def _lead(self, poller: select.epoll, pause: Optional[float]) -> bool:
+    def _lead(self, signals: Deferred, poller: select.epoll, pause: Optional[float]) -> bool:
         closings = self._closings
-        events = poller.poll(pause)
+        with signals.lifted():
+            events = poller.poll(pause)
         with self.lock:
             if closings != self._closings:
                 # Another thread has closed descriptors since, and what is reported of a number may

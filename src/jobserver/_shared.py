@@ -24,6 +24,7 @@ from ._future import Future
 from ._launch import Launcher, launcher_for
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
+from ._signals import Deferred, deferred
 from ._slots._lease import Lease
 from ._slots._makeflags import Unusable, open_outer
 from ._slots._own import own_slot
@@ -128,9 +129,10 @@ class Shared:
         try:
             prepared = self.launcher.prepare(task)
             seat = seat_for(self.slots, lease, own_slot())
-            with _forking.launch_lock():
-                started = self.launcher.launch(prepared, seat)
-            self._track(future, prepared, seat, started, lease)
+            with deferred() as signals:
+                with _forking.launch_lock():
+                    started = self.launcher.launch(prepared, seat)
+                self._track(future, prepared, seat, started, lease, signals)
         except BaseException:
             if lease is not None:
                 self.admission.give_back(lease)
@@ -147,9 +149,11 @@ class Shared:
         seat: Seat,
         started: Started,
         lease: Optional[Lease],
+        signals: Deferred,
     ) -> None:
         try:
-            self.launcher.deliver(prepared, seat, started)
+            with signals.lifted():  # large arguments may take their time
+                self.launcher.deliver(prepared, seat, started)
             self.reactor.add(future, started, lease)
         except BaseException:
             _forking.owned.discard(started.channel)

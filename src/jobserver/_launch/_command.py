@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from multiprocessing import spawn, util
 from typing import Any
 
+from jobserver._signals import outside
+
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -16,8 +18,10 @@ def start_interpreter(module: str, fds: Sequence[int]) -> int:
     """Call ``main(*fds)`` of ``module`` in a new process that inherits ``fds``; returns its pid."""
     helper: Any = util
     # The new process learns our sys.path only later, and must find this package before.
+    mask = sorted(int(number) for number in outside())
     code = (
-        f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r});"
+        f"import signal; signal.pthread_sigmask(signal.SIG_SETMASK, {mask});"
+        f" import sys; sys.path.insert(0, {_PACKAGE_ROOT!r});"
         f" from {module} import main; main({', '.join(map(str, fds))})"
     )
     command = [spawn.get_executable(), *helper._args_from_interpreter_flags(), "-c", code]

@@ -13,7 +13,7 @@ import os
 from multiprocessing import util
 from typing import Any, NoReturn
 
-from jobserver import _forking
+from jobserver import _forking, _signals
 from jobserver._callbacks import start_afresh
 from jobserver._flight import Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
@@ -41,12 +41,13 @@ class ForkLauncher:
         identity = Identity(parent)
         own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
         job = Job(prepared.run, writer)
+        mask = _signals.outside()
         pid = -1
         try:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
                 os.close(reader)
-                _child(job, identity, own)
+                _child(job, identity, own, mask)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
@@ -84,11 +85,12 @@ def open_pidfd(pid: int) -> int:
         raise
 
 
-def _child(job: Job, identity: Identity, own: OwnSlot) -> NoReturn:
+def _child(job: Job, identity: Identity, own: OwnSlot, mask: Any) -> NoReturn:
     try:
         start_afresh()
         run_on(own)
         identity.assume(forked=True)
+        _signals.restore(mask)
         job.work()
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called
         report(error)

@@ -27,7 +27,9 @@ def main(channel: int) -> NoReturn:
     serve(channel, None, None)
 
 
-def serve(channel: int, told: Optional[dict[str, Any]], failure: Optional[RuntimeError]) -> NoReturn:
+def serve(
+    channel: int, told: Optional[dict[str, Any]], failure: Optional[RuntimeError]
+) -> NoReturn:
     """
     Receive one job and run it.
 
