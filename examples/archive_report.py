@@ -21,6 +21,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from archive.crew import DeadlyFolderError
 from archive.folders import count_files
 from archive.foreman import run_alone, run_crew
 from archive.show import Progress, Result, as_json, as_table
@@ -96,18 +97,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     total = count_files(options.path)
 
-    progress = Progress(sys.stderr, "jobs", total)
-    parallel = run_crew(options.path, options.context, options.slots, options.kill_some, progress)
-    progress.clear()
+    with Progress(sys.stderr, "jobs", total) as on_files:
+        parallel = run_crew(
+            options.path, options.context, options.slots, options.kill_some, on_files
+        )
     serial = None
     if not options.no_serial:
-        progress = Progress(sys.stderr, "serial", total)
-        serial = run_alone(options.path, progress)
-        progress.clear()
+        with Progress(sys.stderr, "serial", total) as on_files:
+            serial = run_alone(options.path, on_files)
 
     result = Result(options.path, options.context, options.slots, parallel, serial)
-    print(json.dumps(as_json(result)) if options.json else "\n".join(as_table(result)))
-    return 0
+    text = json.dumps(as_json(result)) if options.json else "\n".join(as_table(result))
+    # Names may have characters that stdout has not.
+    print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+    return 0 if result.same_hash else 1
 
 
 if __name__ == "__main__":
@@ -115,3 +118,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except (OSError, DeadlyFolderError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

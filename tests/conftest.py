@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import METHODS, Gate, descendants, nothing, open_fds  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 # A test run that was itself started by make must not join make's pool.
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
@@ -30,6 +30,8 @@ for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
 
 #: Seconds that processes and descriptors get to vanish after a test.
 GRACE = 5.0
+
+_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,11 +95,24 @@ def warm() -> None:
     from jobserver import Jobserver
 
     multiprocessing.resource_tracker.ensure_running()
+    # The first shared value opens an arena that multiprocessing keeps.
+    multiprocessing.get_context("spawn").Value("i", 0)
     for name in METHODS:
         with Jobserver(name, 1) as js:
             js.submit(nothing).result()
         del js
     gc.collect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember whether the test itself failed: its frames then keep alive what they hold."""
+    report = yield
+    if report.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report
 
 
 class _State:
@@ -133,6 +148,8 @@ def no_leaks(request: pytest.FixtureRequest, warm: None) -> Iterator[None]:
     gc.collect()
     before = _State()
     yield
+    if request.node.stash.get(_FAILED, False):
+        return
     deadline = time.monotonic() + GRACE
     while True:
         gc.collect()

@@ -73,8 +73,9 @@ class Gate:
         return os.path.exists(os.path.join(self.directory, "open"))
 
     def open(self) -> None:
-        """Let everyone pass, now and later."""
-        Path(self.directory, "open").touch()
+        """Let everyone pass, now and later. A directory can be made without any descriptor."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.join(self.directory, "open"))
 
 
 # What the operating system knows
@@ -232,6 +233,20 @@ def settle(js: Any) -> None:
         return "tracked=0" in repr(js)
 
     wait_until(settled, "all jobs to end")
+
+
+def steady_fds(js: Any) -> int:
+    """How many descriptors are open once nothing is in flight and all processes are reaped."""
+    settle(js)
+    counts: list[int] = []
+
+    def steady() -> bool:
+        js.reclaim_resources()
+        counts.append(len(open_fds()))
+        return len(counts) > 10 and len(set(counts[-10:])) == 1
+
+    wait_until(steady, "the descriptors to be closed")
+    return counts[-1]
 
 
 def free_slots(js: Any, gate: Gate, most: int = 64) -> int:

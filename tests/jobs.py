@@ -12,18 +12,20 @@ import multiprocessing
 import multiprocessing.util
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable
 
 from helpers import METHODS, PATIENCE, add, append, getenv, identity, touch, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from helpers import Gate
 
@@ -409,3 +411,249 @@ def other_methods() -> list[int]:
         with Jobserver(name, 1) as js:
             answers.append(js.submit(add, args=(1, 2)).result())
     return answers
+
+
+# Results and exceptions on their way back
+
+
+def block(size: int) -> bytes:
+    """Bytes that show when one is missing or moved."""
+    pattern = b"0123456789abcdefghijklmnopqrstuvwxyz-"
+    return (pattern * (size // len(pattern) + 1))[:size]
+
+
+def deep_list(depth: int) -> list[Any]:
+    """Lists inside lists."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class SoftExitWhenUnpickled:
+    """Asks the process that unpickles it to end."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (19,)
+
+
+_KINDS: dict[str, Callable[[int], Any]] = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "list": lambda size: list(range(size)),
+    "lambda": lambda size: lambda: size,
+    "lock": lambda size: threading.Lock(),
+    "generator": lambda size: (n for n in range(size)),
+    "too deep": lambda size: deep_list(100_000),
+    "RaisesWhenPickled": lambda size: RaisesWhenPickled(),
+    "RaisesWhenUnpickled": lambda size: [RaisesWhenUnpickled()],
+    "ExitsWhenPickled": lambda size: ExitsWhenPickled(),
+    "ExitsWhenUnpickled": lambda size: ExitsWhenUnpickled(),
+    "SoftExitWhenUnpickled": lambda size: SoftExitWhenUnpickled(),
+}
+
+
+def give(kind: str, size: int) -> Any:
+    """A result of the named kind, made in the worker."""
+    return _KINDS[kind](size)
+
+
+def raise_result(kind: str) -> None:
+    """Raise an exception that carries the named kind."""
+    raise ValueError(_KINDS[kind](0))
+
+
+class NeedsTwo(Exception):
+    """Pickles by default into a call with one argument, but needs two."""
+
+    def __init__(self, first: str, second: int) -> None:
+        super().__init__(first)
+        self.first = first
+        self.second = second
+
+
+class TravelsWell(NeedsTwo):
+    """The same, done right."""
+
+    def __reduce__(self) -> Any:
+        return TravelsWell, (self.first, self.second)
+
+
+def raise_needs_two(well: bool = False) -> None:
+    """Raise an exception with an __init__ of its own."""
+    raise (TravelsWell if well else NeedsTwo)("the message", 2)
+
+
+def raise_with_unpicklable() -> None:
+    """Raise an exception that carries a lock."""
+    raise ValueError("the message", threading.Lock())
+
+
+def raise_local() -> None:
+    """Raise an exception of a class that nobody else can find."""
+
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("the message")
+
+
+def raise_with_group() -> None:
+    """Raise an exception group where there is such a thing, with a note."""
+    if sys.version_info < (3, 11):
+        raise ValueError("several") from ValueError("first of several")
+    error = ExceptionGroup(  # noqa: F821
+        "several", [ValueError("first of several")]
+    )
+    error.add_note("a note")
+    raise error
+
+
+def nested_failure(js: Jobserver) -> Any:
+    """Pass on what a nested job raises."""
+    return js.submit(divide_deeply, args=(1,)).result()
+
+
+# Jobs that end badly or leave something behind
+
+
+def exec_program(command: list[str]) -> None:
+    """Become another program."""
+    os.execv(command[0], command)
+
+
+def ignoring_signals(gate: Gate) -> None:
+    """Stand at the gate, deaf to polite signals."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    gate.enter()
+
+
+def close_descriptors(first: int, gate: Gate | None = None) -> str:
+    """Close every descriptor from a number on, then run on."""
+    os.closerange(first, 4096)
+    if gate is not None:
+        gate.enter()
+    return "closed"
+
+
+def close_streams(how: str) -> str:
+    """Make stdout and stderr unusable, with text still buffered."""
+    sys.stdout.write("")
+    if how == "object":
+        sys.stdout.close()
+        sys.stderr.close()
+    elif how == "descriptor":
+        os.close(1)
+        os.close(2)
+    elif how == "none":
+        sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        # Whatever is flushed into this pipe at the end fails.
+        sys.stdout = os.fdopen(writer, "w")
+        sys.stdout.write("nobody reads this")
+    return "closed"
+
+
+def grandchild(gate: Gate, path: str, answer: str) -> str:
+    """Leave a process at the gate that holds all that this one holds; then answer, or die."""
+    child = os.fork()
+    if child == 0:
+        try:
+            gate.enter()
+        finally:
+            os._exit(0)
+    gate.await_entered(1)
+    Path(path).write_text(str(child))
+    if answer == "die":
+        os._exit(23)
+    return answer
+
+
+def run_daemon_thread() -> str:
+    """Leave a busy daemon thread."""
+
+    def spin() -> None:
+        while True:
+            time.sleep(0.001)
+
+    threading.Thread(target=spin, daemon=True).start()
+    return "left a daemon"
+
+
+def stop_other_threads_from_finishing(gate: Gate) -> str:
+    """Leave a thread, not a daemon, that stands at the gate."""
+    thread = threading.Thread(target=gate.enter)
+    thread.start()
+    gate.await_entered(1)
+    return "never seen"
+
+
+def change_directory(path: str) -> str:
+    """Go elsewhere."""
+    os.chdir(path)
+    return os.getcwd()
+
+
+def change_much(path: str) -> None:
+    """Change what belongs to the process."""
+    os.chdir(path)
+    os.umask(0o177)
+    os.nice(3)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    os.environ["JOBSERVER_T"] = "left behind"
+    sys.path.insert(0, "left behind")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    socket.setdefaulttimeout(5)
+
+
+def look_around() -> list[Any]:
+    """What change_much changes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return [
+        os.getcwd(),
+        mask,
+        os.nice(0),
+        resource.getrlimit(resource.RLIMIT_CORE),
+        resource.getrlimit(resource.RLIMIT_NOFILE),
+        os.environ.get("JOBSERVER_T"),
+        "left behind" in sys.path,
+        signal.getsignal(signal.SIGUSR1),
+        socket.getdefaulttimeout(),
+    ]
+
+
+def use_from_threads(js: Jobserver, count: int) -> list[int]:
+    """Submit from several threads of one job."""
+    answers: list[int] = []
+
+    def work(number: int) -> None:
+        answers.append(js.submit(identity, args=(number,)).result())
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(answers)
+
+
+# For the end of programs
+
+
+def slow_touch(begun: str, done: str) -> None:
+    """Tell of the beginning, take a moment, tell of the end."""
+    touch(begun)
+    time.sleep(0.3)
+    touch(done)
+
+
+def leave_child(js: Jobserver, begun: str, done: str) -> str:
+    """Start a job and return without waiting for it."""
+    js.submit(slow_touch, args=(begun, done))
+    wait_until(lambda: os.path.exists(begun), "the child to begin")
+    return "left"

@@ -76,9 +76,10 @@ class Rules(NamedTuple):
     fresh_berth: bool = True
     regain: bool = True  # a lender waits until it holds a slot again
     end_returns: bool = True  # a job that ends with another slot than its first returns it
-    # Who is blocked without a slot, and has nobody below to bring it one, rings, and those who are
-    # blocked without a slot themselves pass it on. Else only jobs that came without a slot ring.
+    # Who is blocked without a slot, and has no child that will bring one, rings; without this only
+    # jobs that came without a slot do.
     all_ring: bool = True
+    pass_on: bool = True  # a job that has lent, and hears its bell, rings the next one
     map_hears: bool = True
 
 
@@ -291,7 +292,8 @@ class Model:
             state, berth = _park(state, me)
             yield _with(state, me, own=berth)
         else:
-            if self.rules.all_ring and (state.bells[me] or not self._promised(state, me)):
+            alone = self.rules.all_ring and not self._promised(state, me)
+            if alone or (self.rules.pass_on and state.bells[me]):
                 yield from self._ring(state, me, process)
             yield from self._sweep(state)
 
@@ -328,7 +330,7 @@ class Model:
             if job.lend or state.bells[me]:
                 lent = _release(state, process.own, me)
                 yield _with(lent, me, phase=LENT, own=NONE, own_is_first=False)
-        elif process.phase == LENT and state.bells[me] and self.rules.all_ring:
+        elif process.phase == LENT and state.bells[me] and self.rules.pass_on:
             yield from self._ring(state, me, process)
 
     def _go_on(self, state: State, me: int, process: Process) -> State:

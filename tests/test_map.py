@@ -192,6 +192,8 @@ def test_lazy_inputs(buffersize: int, chunksize: int) -> None:
     for number in range(7):
         assert next(results) == number
         assert read <= number + 1 + (buffersize + 1) * chunksize
+    del results
+    settle(js)
 
 
 @pytest.mark.contract("M7")

@@ -163,7 +163,9 @@ def test_shared_memory(context: Any) -> None:
 @pytest.mark.contract("J2", "S2")
 def test_manager_proxies(context: Any) -> None:
     """A manager's proxies reach the manager from a job."""
-    with context.Manager() as manager, Jobserver(context, 1) as js:
+    # Forked, since multiprocessing's own forkserver would outlive the test.
+    server = multiprocessing.get_context("fork").Manager()
+    with server as manager, Jobserver(context, 1) as js:
         proxy = manager.list([1])
         js.submit(fill, args=(proxy, 2)).result(PATIENCE)
         assert list(proxy) == [1, 2]

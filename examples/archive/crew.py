@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from archive.folders import Task, perform
@@ -24,7 +22,6 @@ from archive.journal import (
     FILE_ENDED,
     FOLDER_ENDED,
     RUNNING,
-    SHOT,
     WAITING,
     Badge,
     Journal,
@@ -42,11 +39,6 @@ if TYPE_CHECKING:
 #: A job that has died this often is not tried again.
 ATTEMPTS = 3
 
-#: With --kill-some: the part of first attempts that is shot, and how many seconds after its start
-#: at most.
-RISK = 0.1
-LONGEST_LIFE = 0.05
-
 
 @dataclass(frozen=True)
 class Crew:
@@ -54,14 +46,17 @@ class Crew:
 
     jobserver: Jobserver
     journal: Path
-    root: Path
-    kill_some: bool
+
+
+class DeadlyFolderError(Exception):
+    """All jobs for a folder have died."""
 
 
 class Submission(NamedTuple):
     """A job that somebody waits for."""
 
     task: Task
+    attempt: int
     badge: Badge
     future: Future[Report]
 
@@ -81,49 +76,30 @@ class Boss:
         submissions = [self.submit(task) for task in tasks]
         return [self.collect(submission) for submission in submissions]
 
-    def submit(self, task: Task) -> Submission:
+    def submit(self, task: Task, attempt: int = 1) -> Submission:
         """Start a job as soon as there is a slot for it."""
-        submission = self.start(task)
-        if self.crew.kill_some:
-            self.perhaps_shoot(submission)
-        return submission
-
-    def start(self, task: Task) -> Submission:
-        """Submit one attempt."""
         self.stop_if_orphaned()
         badge = Badge(os.getpid(), next(self.numbers))
+        if attempt > 1:
+            self.journal.note(AGAIN, badge)
         with self.waiting():
             future = self.crew.jobserver.submit(run_job, args=(task, self.crew, badge))
-        return Submission(task, badge, future)
+        return Submission(task, attempt, badge, future)
 
-    def collect(self, submission: Submission, attempt: int = 1) -> Report:
+    def collect(self, submission: Submission) -> Report:
         """Wait for a report; when the job dies, have it done again."""
         try:
             with self.waiting():
                 return self.outcome(submission)
         except SubmissionDied as death:
             self.journal.note(DEAD, submission.badge)
-            if attempt == ATTEMPTS:
+            if submission.attempt == ATTEMPTS:
                 return give_up(submission.task, death)
-        again = self.start(submission.task)
-        self.journal.note(AGAIN, again.badge)
-        return self.collect(again, attempt + 1)
+        return self.collect(self.submit(submission.task, submission.attempt + 1))
 
     def outcome(self, submission: Submission) -> Report:
         """What a job returns or raises."""
         return submission.future.result()
-
-    def perhaps_shoot(self, submission: Submission) -> None:
-        """Send SIGKILL to some jobs at some moment of their lives, as their path has it."""
-        path = submission.task.path.relative_to(self.crew.root)
-        chance, life, *_ = sha256(os.fsencode(path)).digest()
-        if chance < 256 * RISK and not submission.future.wait(life / 256 * LONGEST_LIFE):
-            self.shoot(submission)
-
-    def shoot(self, submission: Submission) -> None:
-        """Send SIGKILL to a job, and go on; what comes of it shows when it is collected."""
-        self.journal.note(SHOT, submission.badge)
-        submission.future.wait(0, signal=signal.SIGKILL)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -154,7 +130,8 @@ class Boss:
 def give_up(task: Task, death: SubmissionDied) -> Report:
     """What can be said of a task whose jobs all die: the hash of a file, nothing of a folder."""
     if task.is_folder:
-        raise death
+        # Not SubmissionDied: to whoever waits for this job, that would mean this job.
+        raise DeadlyFolderError(f"{task.path}: {death}")
     return measure(task.path, deadly=str(death))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Callable
 
 from archive.crew import Boss, Crew, Submission
 from archive.folders import Alone, Task, perform
-from archive.journal import AGAIN, RUNNING, SHOT, Reader, peak
+from archive.journal import AGAIN, RUNNING, SHOT, Badge, Reader, peak
 from jobserver import Jobserver
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from archive.report import Report
 
-#: Seconds between two looks at the journal, and how long the last orphans may take to end.
-GLANCE = 0.1
-PATIENCE = 60.0
+#: Seconds between two looks at the journal, each of which may end in a shot.
+GLANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,15 @@ def run_crew(
 ) -> Run:
     """Make the report with a job for each file and folder."""
     start = time.perf_counter()
-    with Jobserver(context, slots, preexec_fn=end_at_interrupt, lend=True) as jobserver:
+    with Jobserver(context, slots, lend=True) as jobserver:
         reader = Reader()
-        foreman = Foreman(Crew(jobserver, reader.path, root, kill_some), reader, on_files)
+        foreman = Foreman(Crew(jobserver, reader.path), reader, on_files)
         try:
-            report = foreman.report()
+            report = foreman.report(root, kill_some)
             seconds = time.perf_counter() - start
-            foreman.await_orphans()
-        except BaseException:
-            foreman.stop_everyone()
-            raise
         finally:
+            # Those are left whose bosses were killed; or all, after Ctrl-C.
+            foreman.stop_everyone()
             foreman.journal.close()
             reader.close()
     return Run(
@@ -80,11 +77,6 @@ def run_crew(
     )
 
 
-def end_at_interrupt() -> None:
-    """Let Ctrl-C, which the terminal sends to all of us, end a worker without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Foreman(Boss):
     """The boss of the first job, who sees what all jobs note in the journal."""
 
@@ -92,44 +84,67 @@ class Foreman(Boss):
         super().__init__(crew, badge=None)
         self.reader = reader
         self.on_files = on_files
+        self.kill_some = False
 
-    def report(self) -> Report:
+    def report(self, root: Path, kill_some: bool) -> Report:
         """Have the whole tree reported."""
-        first = self.start(Task(self.crew.root, is_folder=True))
-        if self.crew.kill_some:
-            # The first job is shot as well, when it has got something to lose.
-            while not self.reader.files and not first.future.wait(GLANCE / 10):
-                self.look()
-            self.shoot(first)
-        return self.collect(first)
+        self.kill_some = kill_some
+        return self.collect(self.submit(Task(root, is_folder=True)))
+
+    def submit(self, task: Task, attempt: int = 1) -> Submission:
+        """Start the first job, with SIGINT blocked.
+
+        All other processes inherit that from it. So Ctrl-C, which a terminal sends to each of
+        them, interrupts nobody but the main program, and that looks after the others.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return super().submit(task, attempt)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def outcome(self, submission: Submission) -> Report:
-        """What the first job returns or raises; meanwhile its progress is shown."""
+        """What the first job returns or raises; meanwhile it watches the others."""
         while not submission.future.wait(GLANCE):
             self.look()
+            if self.kill_some:
+                self.shoot_somebody()
         return submission.future.result()
 
     def look(self) -> None:
-        """Read the journal."""
+        """Read the journal, and show how far they are."""
         self.reader.update()
         self.on_files(self.reader.files)
 
-    def await_orphans(self) -> None:
-        """Wait until those have ended, too, whose bosses were killed."""
-        deadline = time.monotonic() + PATIENCE
-        self.look()
-        while self.reader.unfinished() and time.monotonic() < deadline:
-            time.sleep(GLANCE / 10)
-            self.look()
+    def shoot_somebody(self) -> None:
+        """Send SIGKILL to any job, running or waiting, that is not a second attempt."""
+        second = self.reader.badges(AGAIN)
+        victims = [item for item in self.reader.unfinished().items() if item[0] not in second]
+        if victims:
+            self.shoot(*victims[int.from_bytes(os.urandom(4), "big") % len(victims)])
+
+    def shoot(self, badge: Badge, pid: int) -> None:
+        """Send SIGKILL to the process that runs a job, and to no other."""
+        process = -1
+        with suppress(ProcessLookupError):
+            process = os.pidfd_open(pid)
+        # A job notes its end before it ends. If it has not done so by now, then the descriptor
+        # is not that of another process with the same number.
+        self.reader.update()
+        if badge in self.reader.unfinished():
+            self.journal.note(SHOT, badge)
+            if process >= 0:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+        if process >= 0:
+            os.close(process)
 
     def stop_everyone(self) -> None:
         """Kill all jobs, bosses first, so that they do not try again what they see dying."""
         self.reader.update()
         while self.reader.unfinished():
             for badge, pid in self.reader.unfinished().items():
-                self.journal.note(SHOT, badge)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                self.shoot(badge, pid)
             # One of them may have started another job just before.
-            time.sleep(GLANCE / 2)
+            time.sleep(GLANCE)
             self.reader.update()

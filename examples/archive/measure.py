@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""The work itself: read, hash, tokenize, parse and compress one file."""
+"""The work itself: read, hash, parse, tokenize and compress one file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: What a file goes through, in this order.
-STAGES = ("read", "hash", "tokenize", "ast", "lzma")
+STAGES = ("read", "hash", "ast", "tokenize", "lzma")
 
 #: These names promise Python: only under them is it a problem if the text is something else.
 SOURCES = (".py", ".pyi", ".pyw")
@@ -32,13 +32,18 @@ SOURCES = (".py", ".pyi", ".pyw")
 #: Some releases of Python tokenize in a time that grows with the square of a line's length.
 LONGEST_LINE = 1 << 16
 
-#: Ways to encode what lzma has not found in its dictionary: which suits a file best shows only by
-#: trying. The default is made for machine code, the other for text.
-SETTINGS: tuple[dict[str, int], ...] = ({}, {"pb": 0, "lc": 0})
+LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": lzma.PRESET_DEFAULT}
 
-#: The dictionary of lzma's default preset, and the least that lzma takes.
-LARGEST_DICTIONARY = 1 << 23
-SMALLEST_DICTIONARY = 1 << 12
+#: Which way to compress suits a file best shows only by trying: the default, one for text, and one
+#: that knows what jumps in machine code look like.
+CHAINS: tuple[list[dict[str, int]], ...] = (
+    [LZMA2],
+    [{**LZMA2, "lc": 0, "pb": 0}],
+    [{"id": lzma.FILTER_X86}, LZMA2],
+)
+
+#: The least dictionary that lzma takes, and that of its default preset.
+DICTIONARIES = (1 << 12, 1 << 23)
 
 
 class Stopwatch:
@@ -111,19 +116,23 @@ def look_into(report: Report, data: bytes, watch: Stopwatch) -> Report:
         problems.append(Problem(path, "binary", f"{len(data):,} bytes"))
     else:
         try:
-            with watch("tokenize"):
-                tokens = count_tokens(data)
             if source:
                 with watch("ast"):
                     functions = count_functions(data, path.name)
+            with watch("tokenize"):
+                tokens = count_tokens(data)
         except Exception as error:
             # That text in another language is no Python is no problem.
             if source:
                 wrong = isinstance(error, (SyntaxError, tokenize.TokenError))
                 kind = "syntax" if wrong else "not parsed"
                 problems.append(Problem(path, kind, f"{type(error).__name__}: {error}"))
-    with watch("lzma"):
-        packed = compressed_size(data)
+    packed = len(data)
+    try:
+        with watch("lzma"):
+            packed = compressed_size(data)
+    except (lzma.LZMAError, MemoryError) as error:
+        problems.append(Problem(path, "not compressed", repr(error)))
     lines = data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
     row = Row(path, len(data), packed, lines, functions, sum(watch.seconds.values()))
     return replace(
@@ -169,15 +178,16 @@ def count_functions(data: bytes, name: str) -> int:
 
 
 def compressed_size(data: bytes) -> int:
-    """How many bytes lzma makes of it, with whatever setting makes the fewest.
+    """How many bytes lzma makes of it at best.
 
     A dictionary larger than the data only costs memory: no byte less comes out, but a process that
     uses lzma for the first time spends 10 ms on page faults, more than on most files.
     """
+    least, most = DICTIONARIES
     fitting = 1 << max(len(data) - 1, 0).bit_length()
-    dictionary = min(max(fitting, SMALLEST_DICTIONARY), LARGEST_DICTIONARY)
-    lzma2 = {"id": lzma.FILTER_LZMA2, "preset": lzma.PRESET_DEFAULT, "dict_size": dictionary}
-    return min(len(lzma.compress(data, filters=[{**lzma2, **setting}])) for setting in SETTINGS)
+    size = {"dict_size": min(max(fitting, least), most)}
+    chains = ([*before, {**lzma2, **size}] for *before, lzma2 in CHAINS)
+    return min(len(lzma.compress(data, filters=chain)) for chain in chains)
 
 
 # Python makes ready what this needs when it is first used (regular expressions, classes, memory).

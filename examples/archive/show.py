@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from archive.foreman import Run
-    from archive.report import Report, Row
+    from archive.report import Row
 
 #: Problems of each kind that the table names; --json names all.
 NAMED = 3
@@ -37,25 +37,29 @@ class Progress:
         self.start = time.monotonic()
         self.due = 0.0
 
+    def __enter__(self) -> Progress:
+        """Start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave an empty line to what comes next."""
+        if self.live:
+            self.write("\r\x1b[K")
+
     def __call__(self, files: int) -> None:
         """Show how many files are done, if it is time to."""
         # What a killed job has done is done again, so more may be done than there is.
-        percent = min(100, 100 * files // self.total)
+        percent = min(100, 100 * files // self.total) if self.total else 100
         seconds = time.monotonic() - self.start
         if (seconds if self.live else percent) < self.due:
             return
-        line = f"{self.label}: {percent:3}% of {self.total:,} files, {seconds:.1f} s"
+        line = f"{self.label}: {percent:3}% of {counted(self.total, 'file')}, {seconds:.1f} s"
         if self.live:
             self.due = seconds + REFRESH
             self.write(f"\r{line}\x1b[K")
         else:
             self.due = percent + 10 - percent % 10
             self.write(f"{line}\n")
-
-    def clear(self) -> None:
-        """Leave an empty line to what comes next."""
-        if self.live:
-            self.write("\r\x1b[K")
 
     def write(self, text: str) -> None:
         """Put text out at once."""
@@ -143,10 +147,12 @@ def as_table(result: Result) -> Iterator[str]:
     run, report = result.parallel, result.parallel.report
     yield f"Archive report of {printable(str(result.root))}"
     yield (
-        f"{report.files:,} files in {report.folders:,} folders: {report.lines:,} lines, "
-        f"{report.functions:,} functions, {report.tokens:,} tokens"
+        f"{counted(report.files, 'file')} in {counted(report.folders, 'folder')}: "
+        f"{counted(report.lines, 'line')}, {counted(report.functions, 'function')}, "
+        f"{counted(report.tokens, 'token')}"
     )
-    yield f"{report.size:,} bytes, compressed to {report.packed:,}{share(report)}"
+    share = f" ({report.packed / report.size:.1%})" if report.size else ""
+    yield f"{counted(report.size, 'byte')}, compressed to {report.packed:,}{share}"
     yield f"root hash {report.digest.hex()}"
     for title, rows in (
         ("largest", report.largest),
@@ -165,11 +171,12 @@ def as_table(result: Result) -> Iterator[str]:
     yield from problem_lines(result)
     yield ""
     yield (
-        f"{run.jobs:,} jobs in {result.slots} slots ({result.context}), "
+        f"{counted(run.jobs, 'job')} in {counted(result.slots, 'slot')} ({result.context}), "
         f"at most {run.peak_running} running at once"
     )
     if run.killed:
-        yield f"{run.killed:,} jobs killed, {run.retried:,} submitted again"
+        # What is not, its folder's job was killed as well: it is done again with the folder.
+        yield f"{counted(run.killed, 'job')} killed, {run.retried:,} submitted again"
     yield from time_lines(result)
 
 
@@ -188,24 +195,24 @@ def problem_lines(result: Result) -> Iterator[str]:
 
 
 def time_lines(result: Result) -> Iterator[str]:
-    """Where the time went, in the slots and in the serial run."""
-    run, serial = result.parallel, result.serial
-    slots = stages(run, result.slots)
-    alone = stages(serial, 1) if serial else {}
+    """Where the time went, in all slots together and in the serial run."""
+    columns = [("all slots", result.parallel, stages(result.parallel, result.slots))]
+    if result.serial:
+        columns.append(("serial", result.serial, stages(result.serial, 1)))
     yield ""
-    yield f"{'where the time went, in seconds':40}{'all slots':>12}{'serial':>12}"
-    for stage, seconds in slots.items():
-        name = "jobs: starting, ending, waiting" if stage == "rest" else stage
-        yield f"  {name:38}{seconds:12.2f}" + (f"{alone[stage]:12.2f}" if serial else "")
-    total = f"{run.seconds:12.2f}" + (f"{serial.seconds:12.2f}" if serial else "")
-    yield f"{'wall time':40}{total}"
-    if serial:
-        yield f"{result.speedup:.2f} times as fast as the serial run, with the same root hash"
+    yield f"{'where the time went, in seconds':40}" + "".join(f"{c[0]:>12}" for c in columns)
+    for stage in columns[0][2]:
+        name = "all else: starting jobs, idle slots" if stage == "rest" else stage
+        yield f"  {name:38}" + "".join(f"{c[2][stage]:12.2f}" for c in columns)
+    yield f"{'wall time':40}" + "".join(f"{c[1].seconds:12.2f}" for c in columns)
+    if result.serial:
+        verdict = "with the same root hash" if result.same_hash else "WITH ANOTHER ROOT HASH"
+        yield f"{result.speedup:.2f} times as fast as the serial run, {verdict}"
 
 
-def share(report: Report) -> str:
-    """How much is left after compression."""
-    return f" ({report.packed / report.size:.1%})" if report.size else ""
+def counted(number: int, thing: str) -> str:
+    """A number of things."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def shortened(text: str, width: int) -> str:
@@ -214,7 +221,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can be printed on any terminal: what is odd in a name is shown escaped."""
+    """Text that stays on its line: what is odd in a name is shown escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in text

@@ -44,7 +44,14 @@ class Deferred:
     def __enter__(self) -> Deferred:  # noqa: PYI034  # Self came with Python 3.11
         global _outside  # noqa: PLW0603
         if threading.get_ident() == _main_ident():
-            self._before = _mask(_BLOCK, _DEFERRED)
+            before = _mask(_BLOCK, ())
+            try:
+                # Runs the handlers of what has come just before; if one raises we are not in yet.
+                _mask(_BLOCK, _DEFERRED)
+            except BaseException:
+                _mask(_SETMASK, before)
+                raise
+            self._before = before
             if _outside is None:
                 _outside = self._before
                 self._outermost = True
