@@ -8,23 +8,26 @@ Guarantees (I3, progress):
 * A job that is blocked in a submission without a timeout, with no token free, lends its own token
   to the child that it is submitting, and leaves the submission when it holds a token again.
 * A job that waits without a timeout for a child of its own puts its token into the pool meanwhile,
-  if it was told to (``lend=True``) or if somebody below it is blocked without a slot to lend (see
-  ``_slots._own``). It keeps the child's token when the child has ended.
+  if it was told to (``lend=True``) or if somebody below it starves (see ``_slots._own``). It keeps
+  the child's token when the child has ended.
+* A job starves when it is blocked without a token and without a child that runs on one. Its ringing
+  goes up, past all who are blocked without a token themselves, to all who wait with one.
 * So no job ever waits while it holds a token that somebody it waits for needs: the leaves of the
-  tree of waiting processes always run.
+  tree of waiting processes always run. ``tests/lending_model.py`` explores that exhaustively.
 * A wait with a timeout never lends: the token could not be had back in time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from ._callbacks import issue_due, issuing
 from ._check import check_pause
 from ._errors import Blocked
 from ._slots._lease import Lease
-from ._slots._own import own_slot
+from ._slots._own import OwnSlot, own_slot
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -73,7 +76,7 @@ class Admission:
         self, deadline: Optional[float], until: Optional[Future[Any]] = None
     ) -> Optional[Lease]:
         """
-        Wait for a slot for a child.
+        Wait for a slot for a child; a job without a deadline lends its own if there is no other.
 
         Args:
             deadline: The ``time.monotonic`` instant at which to give up.
@@ -84,33 +87,31 @@ class Admission:
             CallbackRaised: A callback failed meanwhile; nothing is taken.
         """
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
-        job = own.attach(slots)
+        lends = deadline is None and own.attach(slots)
         taken: list[Lease] = []
+
+        def over() -> bool:
+            return until is not None and until._outcome is not None
 
         def test() -> bool:
             self._refuse_closed()
             # Callbacks first: the slot that has come back is theirs to submit on.
-            if self._callbacks_due():
+            if self._callbacks_due() or over():
                 return True
             lease = slots.try_take()
+            if lease is None and lends:
+                lease = own.lend_to_child()
             if lease is not None:
                 taken.append(lease)
-                return True
-            return until is not None and until._outcome is not None
+            return lease is not None
 
-        rang = False
+        bell = _Bell(own)
         try:
             while True:
                 issue_due(reactor)
-                if job and deadline is None and until is None:
-                    with reactor.lock:
-                        if not test():
-                            mine = own.lend()
-                            if mine is not None:
-                                return mine
-                    if not taken and not self._callbacks_due():
-                        rang = rang or own.ring()
-                if taken or reactor.wait(
+                if lends and not own.consumes:
+                    bell.ring()
+                if reactor.wait(
                     test,
                     deadline,
                     arm=slots.filenos(),
@@ -119,13 +120,12 @@ class Admission:
                 ):
                     if taken:
                         return taken.pop()
-                    if until is not None and until._outcome is not None:
+                    if over():
                         return None
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
         finally:
-            if rang:
-                own.hush()
+            bell.hush()
 
     def _refuse_closed(self) -> None:
         if self.reactor.closed:
@@ -146,17 +146,28 @@ class Admission:
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
         if not own.lent or not own.attach(slots):
             return
+        bell = _Bell(own)
 
         def test() -> bool:
             if own.lease is None:
                 own.lease = slots.try_take()
-            return own.lease is not None
+            return own.lease is not None or (not bell.rung and starves())
+
+        def starves() -> bool:
+            # As long as a child runs on a slot, that will come back to us.
+            return not reactor.lends_below() or own.heard()
 
         with reactor.lock:
             reactor.starving += 1
         try:
-            reactor.wait(test, None, arm=slots.filenos(), tick=_TICK, on_tick=slots.sweep)
+            while own.lease is None:
+                reactor.wait(
+                    test, None, arm=bell.arm(slots.filenos()), tick=_TICK, on_tick=slots.sweep
+                )
+                if own.lease is None:
+                    bell.ring()
         finally:
+            bell.hush()
             with reactor.lock:
                 reactor.starving -= 1
 
@@ -202,17 +213,57 @@ class Admission:
 
     def _wait_lending(self, test: Callable[[], bool], future: Optional[Future[Any]]) -> None:
         reactor, own = self.reactor, own_slot()
-        claimed = set() if future is None else {future}
+        bell = _Bell(own)
+
+        def heard() -> bool:
+            # Somebody below starves: pass it on, or lend again what another thread got back.
+            return own.heard() and (own.lease is not None or not bell.rung)
+
         with reactor.lock:
             if test():
                 return
+            claimed = set(reactor.running) if future is None else {future}
             reactor.claimed |= claimed
             mine = own.lend()
             if mine is not None:
                 mine.release()
         try:
-            reactor.wait(test, None, target=future)
+            while not reactor.wait(test, time.monotonic(), target=future):
+                reactor.wait(lambda: test() or heard(), None, target=future, arm=bell.arm(()))
+                with reactor.lock:
+                    mine = own.lend() if heard() and not test() else None
+                    if mine is not None:
+                        mine.release()
+                if own.heard():
+                    bell.ring()
         finally:
+            bell.hush()
             with reactor.lock:
                 reactor.claimed -= claimed
             self.regain()
+
+
+class _Bell:
+    """Rings the bell of the parent, at most once at a time."""
+
+    def __init__(self, own: OwnSlot) -> None:
+        self._own = own
+        self._left = False
+        self.rung = False
+
+    def ring(self) -> None:
+        """Ring, and go on ringing until hushed."""
+        if not self.rung:
+            self.rung = True
+            self._left = self._own.ring()
+
+    def hush(self) -> None:
+        """Ring no more."""
+        if self._left:
+            self._left = False
+            self._own.hush()
+
+    def arm(self, fds: Sequence[int]) -> Sequence[int]:
+        """Return what to poll next to ``fds``: one's own bell, until it has been passed on."""
+        inner = self._own.bell()
+        return fds if inner < 0 or self.rung else [*fds, inner]

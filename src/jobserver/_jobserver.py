@@ -37,7 +37,10 @@ class Jobserver:
     Args:
         context: None for the platform's default start method, ``"fork"``, ``"spawn"``,
             ``"forkserver"``, or a ``multiprocessing`` context.
-        slots: How many jobs may run at once; None for as many as this process may use CPUs.
+        slots: How many jobs may run at once; None for as many as this process may use CPUs, or for
+            those of the outer ``make -j``. At least 4,096 work. Slots in use keep descriptors open:
+            up to a quarter of RLIMIT_NOFILE (256 slots of the usual 1,024) each survives any
+            SIGKILL; beyond that, raise the limit, or a slot is lost with a holder that is killed.
         env: Default for every submission, see ``submit``.
         preexec_fn: Default for every submission, see ``submit``.
         sleep_fn: Default for every submission, see ``submit``.
@@ -196,7 +199,7 @@ class Jobserver:
             env: See ``submit``.
             preexec_fn: See ``submit``; called once for each chunk.
             sleep_fn: See ``submit``.
-            timeout: Seconds from this call until the iterator raises TimeoutError.
+            timeout: How many seconds from this call until the iterator raises TimeoutError.
             chunksize: So many calls go to one worker together.
             buffersize: None to collect the inputs now; else at most so many submissions are
                 outstanding, and inputs are read only as needed: infinite ones work.

@@ -238,15 +238,19 @@ class Reactor:
 
     def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         own = own_slot()
-        if flight.frame is None:
-            lease.holder_died()
-        elif flight.frame.flags & RETURNED:
+        frame = flight.frame
+        mine = lease.reclaim() if frame is None else not frame.flags & RETURNED
+        if not mine:
             lease.abandon()
         elif own.lent and own.attach(self.slots) and self._wanted(future):
             own.lease = lease
             self.wake_seekers()
         else:
             lease.release()
+
+    def lends_below(self) -> bool:
+        """Say whether a child runs on a slot, which it will bring back."""
+        return any(flight.lease is not None for flight in self.running.values())
 
     def _wanted(self, future: Future[Any]) -> bool:
         # Callbacks are this job's own work, for which it must hold a slot.

@@ -12,7 +12,7 @@ from jobserver._slots._pool import SlotPool
 
 
 class Seat(NamedTuple):
-    """A job with a slot has a lease; one without has perhaps a bell to ring."""
+    """A job with a slot has a lease; one below another job has a bell to ring."""
 
     key: tuple[int, int]
     lease_fd: int
@@ -26,7 +26,7 @@ class Seat(NamedTuple):
 
 def seat_for(pool: SlotPool, lease: Optional[Lease], own: OwnSlot) -> Seat:
     """Return the seat for a child of this process."""
-    if lease is not None:
-        return Seat(pool.key, lease.fileno(), (pool.section_of(lease), lease.berth), -1)
     bell = own.bell_for_child() if own.attach(pool) else -1
+    if lease is not None:
+        return Seat(pool.key, lease.fileno(), (pool.section_of(lease), lease.berth), bell)
     return Seat(pool.key, -1, None, bell)

@@ -17,14 +17,14 @@ berths run out, and does all that other leases do but survive a SIGKILL of its h
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from jobserver._forking import epoch
+from jobserver._forking import epoch, launch_lock
 
-from ._section import write_all
+from ._section import lock, write_all
+from ._splice import waiting_bytes
 
 if TYPE_CHECKING:
     from ._pool import SlotPool
@@ -57,37 +57,52 @@ class Lease:
         token, self._token = self._token, b""
         if token and self._epoch == epoch():
             write_all(self.section.pipe, token)
-        fd = self._let_go()
-        if fd < 0:
-            return
-        try:
-            # SIGKILL before the move: the token lies in a berth that becomes unlocked, to be swept.
-            # SIGKILL after it: an empty berth becomes unlocked.
-            self.section.unpark(fd)
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            os.close(fd)
+        with launch_lock():
+            fd = self._let_go()
+            if fd < 0:
+                return
+            try:
+                # SIGKILL before the move: the token lies in a berth that becomes unlocked, to be
+                # swept. SIGKILL after it: an empty berth becomes unlocked.
+                self.section.unpark(fd)
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            finally:
+                os.close(fd)
 
     def abandon(self) -> None:
         """Let go without moving the token: whoever else shares the lock holds the slot on."""
         self._token = b""
-        fd = self._let_go()
-        if fd >= 0:
-            os.close(fd)
+        with launch_lock():
+            fd = self._let_go()
+            if fd >= 0:
+                os.close(fd)
 
-    def holder_died(self) -> None:
+    def relocated(self) -> Lease:
         """
-        Let go after the worker's death.
+        Return the lease to lend: the token in a berth of its own, this object spent.
 
-        The worker may have lent its slot to a child that outlives it, and that shares the lock: so
-        the token is not ours to move, it is put back if nobody holds it.
+        A job shares the lock of the berth that it came with with its submitter. Whom it lends to
+        must not share that lock: else nobody could tell, when the borrower has died, that the
+        token is free. Without a free berth the token is lent where it lies.
         """
-        if self._token:
-            self.release()
-            return
-        self.abandon()
-        with contextlib.suppress(OSError):  # no descriptor left: a later sweep finds it
-            self.section.sweep_berth(self.berth)
+        if self._fd < 0:
+            return self
+        with launch_lock():
+            moved = self.section.relocate(self._fd)
+            if moved is None:
+                return self
+            fd, berth = moved
+            lease = Lease(self.pool, fd, berth, self.section)
+            os.close(self._let_go())
+            return lease
+
+    def reclaim(self) -> bool:
+        """
+        After the death of the worker: say whether the token is here and nobody else's.
+
+        The worker may have put it elsewhere, and somebody else's may lie in the berth.
+        """
+        return self._fd < 0 or (lock(self._fd) and waiting_bytes(self._fd) > 0)
 
     def _let_go(self) -> int:
         """Return the descriptor if it is still this object's to close, else -1."""

@@ -9,10 +9,12 @@ Guarantees:
 * The token a job ends with need not be the one it began with; when it differs the job returns its
   own and says so in its answer (the RETURNED flag), and its submitter leaves the first one alone.
 
-A job that holds no slot (``consume=0``) has none to lend. So that it cannot starve below a parent
-that waits for it while holding one, it rings its parent's *bell*: a FIFO with one byte in it for
-each job that is blocked without a slot. A parent that is waiting without a timeout hears the bell
-and puts its token into the pool for as long as it waits. Bytes on the bell are hints, not tokens:
+A job may be blocked without a slot while one above it waits, for it, with a slot in hand: a job
+that came without one (``consume=0``) has none to lend; one that has lent its slot may have lost it
+to somebody faster. So that it cannot starve, it rings the *bell* of its parent: a FIFO with a byte
+in it for each job that is blocked without a slot and without a child that runs on one. Whoever
+waits without a timeout and hears it puts his token into the pool for as long as he waits; whoever
+is blocked without a token himself rings the next bell up. Bytes on a bell are hints, not tokens:
 one too many (its ringer was killed) costs a needless lending, and never more.
 """
 
@@ -77,9 +79,14 @@ class OwnSlot:
         return self._first is not None and self.lease is None
 
     def lend(self) -> Optional[Lease]:
-        """Give the lease away."""
+        """Give the lease away, to be put into the pool."""
         lease, self.lease = self.lease, None
         return lease
+
+    def lend_to_child(self) -> Optional[Lease]:
+        """Give the lease away, in a berth that is shared with nobody."""
+        lease = self.lend()
+        return None if lease is None else lease.relocated()
 
     def returned(self) -> bool:
         """At the end of the job: return a slot that is not the first one, and say whether so."""
@@ -90,9 +97,9 @@ class OwnSlot:
         return True
 
     def bell_for_child(self) -> int:
-        """Return the bell that a job without a slot is to ring, -1 for none."""
+        """Return the bell that a child is to ring, -1 for none."""
         if not self.consumes:
-            return self._outer_bell
+            return self._outer_bell  # its parent could lend nothing
         if self._inner_bell < 0:
             self._inner_bell = new_fifo(1)
         return self._inner_bell
@@ -106,8 +113,8 @@ class OwnSlot:
         return self._inner_bell >= 0 and waiting_bytes(self._inner_bell) > 0
 
     def ring(self) -> bool:
-        """Tell whoever waits above that this process is blocked without a slot."""
-        if self._outer_bell < 0 or self.consumes:
+        """Tell whoever waits above that a process is blocked without a slot."""
+        if self._outer_bell < 0:
             return False
         try:
             os.write(self._outer_bell, b"!")

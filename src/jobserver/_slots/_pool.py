@@ -106,10 +106,11 @@ class SlotPool:
             OSError: No descriptor is left for the lease.
         """
         for section in self.sections:
-            taken = section.take()
-            if taken is not None:
-                fd, berth = taken
-                return Lease(self, fd, berth, section)
+            with _forking.launch_lock():  # no fork between the opening and the noting
+                taken = section.take()
+                if taken is not None:
+                    fd, berth = taken
+                    return Lease(self, fd, berth, section)
             if waiting_bytes(section.pipe):
                 # Every berth is taken: the pool has fewer of them than slots.
                 try:
@@ -130,7 +131,8 @@ class SlotPool:
 
     def sweep(self) -> int:
         """Put the tokens of dead holders back; any process may, at any time. Returns how many."""
-        return sum(section.sweep() for section in self.sections)
+        with _forking.launch_lock():
+            return sum(section.sweep() for section in self.sections)
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
         """Close the leases that only the parent holds; its Lease objects become inert here."""

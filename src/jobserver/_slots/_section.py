@@ -42,7 +42,23 @@ class Section:
 
     def take(self) -> Optional[tuple[int, int]]:
         """Take a free token into a berth; returns the berth's descriptor and number."""
-        if not waiting_bytes(self.pipe):
+        return self._move_in(self.pipe)
+
+    def relocate(self, parked: int) -> Optional[tuple[int, int]]:
+        """
+        Move a token from the berth behind ``parked`` to another one, and unlock the first.
+
+        Whoever shares the first berth's lock so has no part in the second's.
+        """
+        moved = self._move_in(parked)
+        if moved is not None:
+            # SIGKILL here: a locked berth without a token, which its other holder lets go.
+            fcntl.flock(parked, fcntl.LOCK_UN)
+        return moved
+
+    def _move_in(self, source: int) -> Optional[tuple[int, int]]:
+        """Move a token from ``source`` into a free berth; returns its descriptor and number."""
+        if not waiting_bytes(source):
             return None
         count = len(self.berths)
         start = self._hint
@@ -52,13 +68,17 @@ class Section:
             try:
                 if lock(fd):
                     # SIGKILL here, before the splice: an empty berth becomes unlocked again.
-                    # A byte that is there already is a dead holder's token, now ours.
-                    if waiting_bytes(fd) or _moved(self.pipe, fd):
-                        # Takers in other processes would otherwise meet at each berth in turn.
-                        self._hint = (berth + 1 + (fd & 1)) % count
-                        taken, fd = fd, -1
-                        return taken, berth
-                    return None
+                    # A byte that is there already is a dead holder's token.
+                    if waiting_bytes(fd):
+                        if source != self.pipe:
+                            fcntl.flock(fd, fcntl.LOCK_UN)
+                            continue
+                    elif not _moved(source, fd):
+                        return None
+                    # Takers in other processes would otherwise meet at each berth in turn.
+                    self._hint = (berth + 1 + (fd & 1)) % count
+                    taken, fd = fd, -1
+                    return taken, berth
             finally:
                 if fd >= 0:
                     os.close(fd)
