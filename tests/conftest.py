@@ -101,7 +101,9 @@ def warm() -> None:
         with Jobserver(name, 1) as js:
             js.submit(nothing).result()
         del js
+    # What is there now stays: collecting after each test looks at that test's objects only.
     gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -75,12 +75,10 @@ class Rules(NamedTuple):
     # Without this the lender's submitter shares it, too, and a dead borrower's token stays locked.
     fresh_berth: bool = True
     regain: bool = True  # a lender waits until it holds a slot again
-    end_returns: bool = True  # a job that ends with another slot than its first returns it
     # Who is blocked without a slot, and has no child that will bring one, rings; without this only
     # jobs that came without a slot do.
     all_ring: bool = True
     pass_on: bool = True  # a job that has lent, and hears its bell, rings the next one
-    map_hears: bool = True
 
 
 class Job(NamedTuple):
@@ -240,28 +238,31 @@ class Model:
                 taken = self._hush(taken, me)
             yield _with(taken, me, phase=START, hand=berth, rang=False, waits_for=NONE)
             return
-        if head == NONE:
-            if process.own != NONE:
-                if self.rules.lend_in_submit:
-                    yield self._lend(state, me, process)
-            else:
-                yield from self._ring(state, me, process)
-        elif self.rules.map_hears and state.bells[me]:
-            # The next input can wait: while it waits for the first result, it lends.
-            yield _with(state, me, phase=WAIT)
+        if process.own == NONE:
+            yield from self._ring(state, me, process)
+        elif self.rules.lend_in_submit:
+            yield self._lend(state, me, process)
         yield from self._sweep(state)
 
     def _lend(self, state: State, me: int, process: Process) -> State:
         own = process.own
         if not self.rules.fresh_berth:
-            return _with(state, me, phase=START, hand=own, own=NONE, own_is_first=False)
+            return _with(
+                state, me, phase=START, hand=own, own=NONE, own_is_first=False, waits_for=NONE
+            )
         # The token moves to the new berth in one call; then the old one is unlocked for all.
         berths = list(state.berths)
         berths[own] = Berth(False, 0)
         berths.append(Berth(True, 1 << me))
         state = state._replace(berths=tuple(berths))
         return _with(
-            state, me, phase=START, hand=len(berths) - 1, own=NONE, own_is_first=False
+            state,
+            me,
+            phase=START,
+            hand=len(berths) - 1,
+            own=NONE,
+            own_is_first=False,
+            waits_for=NONE,
         )
 
     def _start(self, state: State, me: int, process: Process) -> State:
@@ -345,7 +346,7 @@ class Model:
     def _return(self, state: State, me: int, process: Process) -> State:
         if not (me and self.jobs[me].consume) or process.own_is_first:
             return _with(state, me, phase=ANSWER)
-        if process.own != NONE and self.rules.end_returns:
+        if process.own != NONE:
             state = _release(state, process.own, me)
         return _with(state, me, phase=ANSWER, own=NONE, returned=True)
 
@@ -356,10 +357,11 @@ class Model:
         if berth == NONE:
             return state
         if child.phase == DEAD:
-            state = _let_go(state, berth, me)
-            if self.rules.sweep:  # the berth of the dead, at once
-                state = _sweep_unlocked(state, berth)
-        elif child.returned:
+            # If it still had its slot, and nobody else shares the lock, that is ours at once.
+            token, holders = state.berths[berth]
+            if not token or holders & ~(1 << me) or not self.rules.sweep:
+                return _let_go(state, berth, me)
+        if child.phase != DEAD and child.returned:
             state = _let_go(state, berth, me)
         elif self._keeps(me, process, kid):
             # Without fresh berths it may be the very one that the job came with.
@@ -430,16 +432,6 @@ def _let_go(state: State, berth: int, me: int) -> State:
     token, holders = berths[berth]
     berths[berth] = Berth(token, holders & ~(1 << me))
     return state._replace(berths=tuple(berths))
-
-
-def _sweep_unlocked(state: State, berth: int) -> State:
-    """``sweep_berth``."""
-    token, holders = state.berths[berth]
-    if holders or not token:
-        return state
-    berths = list(state.berths)
-    berths[berth] = Berth(False, 0)
-    return state._replace(free=state.free + 1, berths=tuple(berths))
 
 
 def _rung(state: State, bell: int, change: int) -> State:

@@ -352,8 +352,9 @@ def test_futures_stay_where_they_are(operation: Any) -> None:
     future.wait(PATIENCE)
     with pytest.raises(TypeError):
         operation(future)
-    with pytest.raises(TypeError):
-        operation([future])
+    if operation is not copy.copy:  # which does not look into the list
+        with pytest.raises(TypeError):
+            operation([future])
 
 
 @pytest.mark.contract("F25")

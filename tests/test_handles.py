@@ -160,12 +160,13 @@ def test_reclaim_does_not_wait(method: str, gate: Gate) -> None:
 
 
 @pytest.mark.contract("H2", "F19", "F20")
-def test_reclaim_raises_one_error_each_time() -> None:
+def test_reclaim_raises_one_error_each_time(gate: Gate) -> None:
     """reclaim_resources raises CallbackRaised until all callbacks are drained."""
     js = Jobserver("fork", 2)
-    futures = [js.submit(nothing) for _ in range(2)]
+    futures = [js.submit(gate.enter) for _ in range(2)]
     for future in futures:
         future.when_done(int, "no number")
+    gate.open()
     for future in futures:
         await_end(worker_pid(future))
     for _ in futures:
@@ -199,12 +200,14 @@ def test_exit_reaps_and_calls_back() -> None:
 
 
 @pytest.mark.contract("H3", "F20")
-def test_exit_warns_of_each_callback_error() -> None:
+def test_exit_warns_of_each_callback_error(gate: Gate) -> None:
     """Each callback error that nobody has seen becomes a RuntimeWarning on leaving."""
     js = Jobserver("fork", 2)
-    futures = [js.submit(nothing) for _ in range(2)]
+    futures = [js.submit(gate.enter) for _ in range(2)]
     for future in futures:
         future.when_done(fail, LookupError, "nobody looked")
+    gate.open()
+    for future in futures:
         await_end(worker_pid(future))
 
     with pytest.warns(RuntimeWarning) as warned, js:

@@ -402,7 +402,9 @@ def test_options_of_map_override_the_handles(tmp_path: Path) -> None:
 
     assert list(results) == [["map"]] * 2
     assert [line.split()[0] for line in lines(tmp_path / "log")] == ["map"] * 2
-    assert asked == ["map"] * 2
+    # A piece that finds no slot yet may be asked about again.
+    assert len(asked) >= 2
+    assert set(asked) == {"map"}
 
 
 @pytest.mark.contract("M1", "S7")

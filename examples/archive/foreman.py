@@ -109,6 +109,7 @@ class Foreman(Boss):
             self.look()
             if self.kill_some:
                 self.shoot_somebody()
+        self.look()
         return submission.future.result()
 
     def look(self) -> None:

@@ -8,7 +8,7 @@ import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, final
 
 from archive.measure import STAGES
 
@@ -26,6 +26,7 @@ NAMED = 3
 REFRESH = 0.1
 
 
+@final
 class Progress:
     """A line that changes on a terminal; elsewhere a line for every tenth of the files."""
 

@@ -115,6 +115,7 @@ def _run(
 ) -> Iterator[Any]:
     outstanding: deque[Future[Chunk]] = deque()
     waiting: Optional[tuple[Call, ...]] = None  # read, and not submitted yet
+    gate = plan.sleep_fn
     try:
         while True:
             room = buffersize is None or len(outstanding) < buffersize
@@ -123,10 +124,11 @@ def _run(
             head = outstanding[0] if outstanding else None
             if waiting is not None and room:
                 # Until the head is done: its results are yielded first, then we try again.
-                future = submit(plan.task(waiting), 1, plan.sleep_fn, plan.deadline, head)
+                future = submit(plan.task(waiting), 1, gate, plan.deadline, head)
+                gate = _let_in  # asked already, if it is this chunk's turn once more
                 if future is not None:
                     outstanding.append(future)
-                    waiting = None
+                    waiting, gate = None, plan.sleep_fn
                     if not _ready(head):
                         continue
             elif head is None:
@@ -140,6 +142,10 @@ def _run(
     finally:
         outstanding.clear()
         _reclaim(shared)
+
+
+def _let_in() -> None:
+    pass
 
 
 def _ready(head: Optional[Future[Chunk]]) -> bool:

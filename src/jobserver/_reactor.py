@@ -331,7 +331,8 @@ class Reactor:
             self._nudge_leader()
 
     def _release(self) -> None:
-        if self._leading or self._watched:
+        # A lease in hand belongs to a job that is just being started.
+        if self._leading or self._watched or self.slots.held_fds:
             return
         if self._nudge >= 0:
             _forking.owned.discard(self._nudge)

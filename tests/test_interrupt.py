@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Ctrl-C: whatever is interrupted, nothing is lost and the program decides how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from helpers import (
+    PATIENCE,
+    Gate,
+    process_state,
+    run_program,
+    session_members,
+    started_program,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from jobserver import Jobserver
+from helpers import PATIENCE, Gate, free_slots, identity, nothing, settle
+
+def block_in_submit(js, gate):
+    js.submit(nothing)
+
+def block_in_submit_with_timeout(js, gate):
+    js.submit(nothing, timeout=60)
+
+def block_in_wait(js, gate):
+    running.wait()
+
+def block_in_result(js, gate):
+    running.result(60)
+
+def block_in_done(js, gate):
+    running.done(None)
+
+def block_in_map(js, gate):
+    for _ in js.map(Gate.enter, [(gate,), (gate,)]):
+        pass
+
+def block_in_callback(js, gate):
+    soon = js.submit(nothing, consume=0)
+    soon.when_done(time.sleep, 60)
+    soon.wait()
+
+def block_in_sleep_fn(js, gate):
+    js.submit(nothing, sleep_fn=lambda: time.sleep(60))
+
+def block_in_the_sleep_of_sleep_fn(js, gate):
+    js.submit(nothing, sleep_fn=lambda: 60)
+
+if __name__ == "__main__":
+    method, where, directory = sys.argv[1:]
+    first, second = Path(directory, "first"), Path(directory, "second")
+    first.mkdir()
+    second.mkdir()
+    gate = Gate(first)
+    js = Jobserver(method, 1)
+    running = js.submit(gate.enter)
+    gate.await_entered(1)
+    try:
+        print("ready", flush=True)
+        globals()["block_in_" + where](js, gate)
+        print("not interrupted")
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    gate.open()
+    assert running.wait(PATIENCE)
+    print("value" if os.environ.get("WHOLE_GROUP") or running.result(0) else None)
+    settle(js)
+    assert js.submit(identity, args=(3,)).result(PATIENCE) == 3
+    print(free_slots(js, Gate(second)))
+"""
+
+PLACES = [
+    "submit",
+    "submit_with_timeout",
+    "wait",
+    "result",
+    "done",
+    "map",
+    "callback",
+    "sleep_fn",
+    "the_sleep_of_sleep_fn",
+]
+
+
+def await_blocked(process: subprocess.Popen[str]) -> None:
+    """Wait until a program that has said so really sleeps in the call that blocks."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    asleep = 0
+
+    def sleeps() -> bool:
+        nonlocal asleep
+        asleep = asleep + 1 if process_state(process.pid) == "S" else 0
+        return asleep > 10
+
+    wait_until(sleeps, "the program to block")
+
+
+def interrupt(
+    script: Path, arguments: list[str], whole_group: bool = False
+) -> tuple[str, str, int]:
+    """Run a program, press Ctrl-C when it blocks; what it says and how it ends."""
+    environment = {"WHOLE_GROUP": "1"} if whole_group else {}
+    with started_program([str(script), *arguments], env=environment) as process:
+        await_blocked(process)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=2 * PATIENCE)
+        return out, err, process.returncode
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """The script that blocks in a named place."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    return script
+
+
+@pytest.mark.contract("S18", "F22", "S3", "F6")
+@pytest.mark.parametrize("where", PLACES)
+def test_interrupt(program: Path, tmp_path: Path, where: str) -> None:
+    """KeyboardInterrupt comes out of every blocking call; jobs run on and no slot is lost."""
+    out, err, status = interrupt(program, ["fork", where, str(tmp_path)])
+
+    assert err == ""
+    assert out.splitlines() == ["interrupted", "value", "1"]
+    assert status == 0
+
+
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("where", ["submit", "result"])
+def test_interrupt_with_other_methods(
+    program: Path, tmp_path: Path, method: str, where: str
+) -> None:
+    """The same under spawn and forkserver."""
+    out, err, status = interrupt(program, [method, where, str(tmp_path)])
+
+    assert err == ""
+    assert out.splitlines() == ["interrupted", "value", "1"]
+    assert status == 0
+
+
+@pytest.mark.contract("S18", "F9")
+@pytest.mark.parametrize("where", ["submit", "result", "map"])
+def test_interrupt_of_the_whole_group(
+    program: Path, tmp_path: Path, method: str, where: str
+) -> None:
+    """Ctrl-C on a terminal reaches workers too: those die, the program and its server go on."""
+    out, err, status = interrupt(program, [method, where, str(tmp_path)], whole_group=True)
+
+    assert out.splitlines() == ["interrupted", "value", "1"]
+    assert err.count("Traceback") == 0
+    assert status == 0
+
+
+UNCAUGHT = """
+import sys
+from pathlib import Path
+from jobserver import Jobserver
+from helpers import Gate
+
+if __name__ == "__main__":
+    gate = Gate(Path(sys.argv[2]))
+    with Jobserver(sys.argv[1], 2) as js:
+        futures = [js.submit(gate.enter) for _ in range(2)]
+        gate.await_entered(2)
+        print("ready", flush=True)
+        futures[0].result()
+"""
+
+
+@pytest.mark.contract("S18", "H3")
+def test_uncaught_interrupt_ends_the_program(method: str, tmp_path: Path, gate: Gate) -> None:
+    """Ctrl-C that nobody handles ends the program and its workers, with one traceback."""
+    script = tmp_path / "program.py"
+    script.write_text(UNCAUGHT)
+    with started_program([str(script), method, gate.directory]) as process:
+        await_blocked(process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+        # As for any Python program: status 130 in a shell.
+        assert process.returncode == -signal.SIGINT
+        assert err.count("Traceback (most recent call last)") == 1
+        assert err.count("KeyboardInterrupt") == 1
+        wait_until(lambda: not session_members(process.pid), "all processes to end")
+
+
+STORM = """
+import os, random, signal, sys
+from pathlib import Path
+from jobserver import Jobserver
+from helpers import Gate, free_slots, identity, nothing, open_fds, settle
+
+def storm(js, rounds):
+    caught = 0
+    futures = []
+    for number in range(rounds):
+        futures.clear()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 8e-3))
+            while True:
+                future = js.submit(identity, args=(number,))
+                assert future.result() == number
+        except KeyboardInterrupt:
+            caught += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return caught
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    method, rounds, seed, directory = sys.argv[1:]
+    random.seed(int(seed))
+    signal.signal(signal.SIGALRM, interrupt)
+    js = Jobserver(method, 2)
+    js.submit(nothing).result()
+    settle(js)
+    before = len(open_fds())
+    assert storm(js, int(rounds)) == int(rounds)
+    settle(js)
+    print(free_slots(js, Gate(Path(directory))), len(open_fds()) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("seed", range(4))
+def test_storm_of_interrupts(tmp_path: Path, gate: Gate, method: str, seed: int) -> None:
+    """Interrupts at random moments of submit and result lose no slot and no descriptor."""
+    script = tmp_path / "program.py"
+    script.write_text(STORM)
+    rounds = {"fork": 300, "spawn": 60, "forkserver": 300}[method]
+
+    done: Any = run_program(
+        [str(script), method, str(rounds), str(seed), gate.directory], timeout=300
+    )
+
+    assert (done.stdout, done.stderr) == ("2 0\n", "")
