@@ -19,7 +19,7 @@ import pytest
 # must hold before it is imported, here and, handed down by the start methods, there.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import METHODS, Gate, descendants, nothing, open_fds  # noqa: E402
+from helpers import METHODS, Gate, descendants, nothing, open_fds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

@@ -253,7 +253,7 @@ def free_slots(js: Any, gate: Gate, most: int = 64) -> int:
     """How many slots are free: by taking all of them, then letting the gate open."""
     from jobserver import Blocked
 
-    futures = []
+    futures: list[Any] = []
     try:
         while len(futures) < most:
             futures.append(js.submit(gate.enter, timeout=0))

@@ -232,15 +232,15 @@ class Model:
             # The next input can wait: the first result is there to be yielded.
             yield _with(state, me, phase=RUN, waits_for=NONE, waited=process.waited + 1)
             return
+        if process.own == NONE:
+            yield from self._ring(state, me, process)
         if state.free:
             taken, berth = _park(state, me)
             if process.rang:
                 taken = self._hush(taken, me)
             yield _with(taken, me, phase=START, hand=berth, rang=False, waits_for=NONE)
             return
-        if process.own == NONE:
-            yield from self._ring(state, me, process)
-        elif self.rules.lend_in_submit:
+        if process.own != NONE and self.rules.lend_in_submit:
             yield self._lend(state, me, process)
         yield from self._sweep(state)
 
@@ -331,8 +331,12 @@ class Model:
             if job.lend or state.bells[me]:
                 lent = _release(state, process.own, me)
                 yield _with(lent, me, phase=LENT, own=NONE, own_is_first=False)
-        elif process.phase == LENT and state.bells[me] and self.rules.pass_on:
-            yield from self._ring(state, me, process)
+        elif process.phase == LENT and state.bells[me]:
+            if process.own != NONE:  # of a child; there are others yet to wait for
+                lent = _release(state, process.own, me)
+                yield _with(lent, me, own=NONE, own_is_first=False)
+            elif self.rules.pass_on:
+                yield from self._ring(state, me, process)
 
     def _go_on(self, state: State, me: int, process: Process) -> State:
         """Leave a call."""
@@ -373,7 +377,9 @@ class Model:
     def _keeps(self, me: int, process: Process, kid: int) -> bool:
         if not me or not self.jobs[me].consume or process.own != NONE:
             return False
-        return process.phase == REGAIN or (process.phase == LENT and process.waits_for == kid)
+        if process.phase == REGAIN:
+            return True
+        return process.phase == LENT and process.waits_for in (kid, ALL)
 
     def _sweep(self, state: State) -> Iterator[State]:
         if state.stray and self.rules.sweep:

@@ -10,7 +10,6 @@ import os
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
-from jobs import Appender, nested_at_gate
 from helpers import (
     PATIENCE,
     Gate,
@@ -22,6 +21,7 @@ from helpers import (
     lines,
     run_program,
 )
+from jobs import Appender, nested_at_gate
 
 from jobserver import Blocked, Jobserver
 

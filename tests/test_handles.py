@@ -135,7 +135,7 @@ def test_replace_takes_nothing_else() -> None:
     with pytest.raises(TypeError):
         js.replace(slots=2)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        js.replace({})  # type: ignore[misc]
+        js.replace({})  # type: ignore[call-arg]
 
 
 # reclaim_resources

@@ -412,9 +412,10 @@ def test_bad_options() -> None:
     """Bad options are refused at the call."""
     js = Jobserver("fork", 1)
 
-    for wrong in ({"env": {"": ""}}, {"preexec_fn": 5}, {"sleep_fn": 5}):
+    options: list[Any] = [{"env": {"": ""}}, {"preexec_fn": 5}, {"sleep_fn": 5}]
+    for wrong in options:
         with pytest.raises((TypeError, ValueError)):
-            js.map(identity, [(1,)], **wrong)  # type: ignore[arg-type]
+            js.map(identity, [(1,)], **wrong)
 
 
 @pytest.mark.contract("M1", "N5")

@@ -411,7 +411,7 @@ def test_fork_needs_no_pickling(tmp_path: Path) -> None:
     with (tmp_path / "data").open("w+") as stream:
         stream.write("text")
         stream.seek(0)
-        assert js.submit(lambda: local + [3]).result(PATIENCE) == [1, 2, 3]
+        assert js.submit(lambda: [*local, 3]).result(PATIENCE) == [1, 2, 3]
         assert js.submit(lambda a: a.acquire(False), args=(lock,)).result(PATIENCE) is True
         assert js.submit(sum, args=(generator,)).result(PATIENCE) == 14
         assert js.submit(lambda a: a.read(), args=(stream,)).result(PATIENCE) == "text"
@@ -424,7 +424,7 @@ def test_arguments_that_cannot_be_unpickled(method: str, gate: Gate) -> None:
     """Arguments that fail to load in the worker fail their own Future, and say why."""
     with Jobserver(method, 1) as js:
         future = js.submit(identity, args=(RaisesWhenUnpickled(),))
-        with pytest.raises(Exception) as caught:  # noqa: B017
+        with pytest.raises(Exception) as caught:
             future.result(PATIENCE)
         assert "unpickled too late" in chain_text(caught.value)
         del caught

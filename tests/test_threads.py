@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import signal
@@ -113,7 +114,7 @@ def test_many_threads_submit_and_wait(method: str, gate: Gate) -> None:
         ]
 
     with Jobserver(method, 2) as js:
-        outcome = in_threads([lambda number=number: work(number) for number in range(6)])
+        outcome = in_threads([functools.partial(work, number) for number in range(6)])
         assert outcome == [[number + n for n in range(rounds)] for number in range(6)]
         assert free_slots(js, gate) == 2
 
@@ -159,7 +160,7 @@ def test_no_lost_wake_up_among_submitters() -> None:
     """Many threads blocked in submit on one slot all get their turn, without any other help."""
     js = Jobserver("fork", 1)
     outcome = in_threads(
-        [lambda number=number: js.submit(identity, args=(number,)) for number in range(12)]
+        [functools.partial(js.submit, identity, args=(number,)) for number in range(12)]
     )
     settle(js)
 
@@ -291,7 +292,7 @@ def test_deaths_among_threads() -> None:
                 got.append(died.exitcode)
         return got
 
-    outcome = in_threads([lambda number=number: work(number) for number in range(6)])
+    outcome = in_threads([functools.partial(work, number) for number in range(6)])
 
     assert outcome == [list(range(5))] * 6
 

@@ -175,20 +175,24 @@ class Reactor:
                 # Another thread has closed descriptors since, and what is reported of a number may
                 # concern another file than the one that bears it now. So look again; only what is
                 # armed for one shot would not be reported twice, and does no harm if it is wrong.
-                self._handle([event for event in events if event[0] not in self._watched])
-                self._handle(poller.poll(0))
+                known = self._watched
+                self._handle([event for event in events if event[0] not in known], leader=True)
+                self._handle(poller.poll(0), leader=True)
             else:
-                self._handle(events)
+                self._handle(events, leader=True)
         return not events
 
-    def _handle(self, events: Sequence[tuple[int, int]]) -> bool:
+    def _handle(self, events: Sequence[tuple[int, int]], *, leader: bool = False) -> bool:
         settled = False
         for fd, _mask in events:
             flight = self._watched.get(fd)
             if flight is None:
                 if fd == self._nudge:
-                    with contextlib.suppress(BlockingIOError):  # another thread was faster
-                        os.read(fd, 64)
+                    # Only for the leader to take: read by another thread before the leader has
+                    # woken, the nudge would wake nobody.
+                    if leader:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(fd, 64)
                 else:
                     self._armed.discard(fd)
                     self.wake_seekers()
