@@ -13,9 +13,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import random
-import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from helpers import Gate
 
     from jobserver import Jobserver
-
-
 # preexec_fn and sleep_fn
 
 
@@ -323,86 +319,6 @@ def print_both() -> None:
     sys.stderr.write("err")
 
 
-# multiprocessing objects as arguments
-
-
-def put(queue: Any, value: Any) -> None:
-    """Put into a queue."""
-    queue.put(value)
-
-
-def send(connection: Any, value: Any) -> None:
-    """Send through a connection and close it."""
-    connection.send(value)
-    connection.close()
-
-
-def echo(connection: Any) -> Any:
-    """Receive, send back, and answer."""
-    value = connection.recv()
-    connection.send(value)
-    return value
-
-
-def count_up(lock: Any, value: Any, times: int) -> None:
-    """Add to a shared number that is not atomic, under a lock."""
-    for _ in range(times):
-        with lock:
-            seen = value.value
-            time.sleep(0)
-            value.value = seen + 1
-
-
-def pass_event(event: Any, answer: Any) -> bool:
-    """Wait for one event, then set another."""
-    came = event.wait(PATIENCE)
-    answer.set()
-    return bool(came)
-
-
-def meet(barrier: Any) -> int:
-    """Wait until all parties have come."""
-    return int(barrier.wait(PATIENCE))
-
-
-def notify(condition: Any, flag: Any) -> None:
-    """Set a flag under a condition."""
-    with condition:
-        flag.value = 1
-        condition.notify_all()
-
-
-def write_shared(name: str, data: bytes) -> int:
-    """Write into a shared memory block by name."""
-    from multiprocessing import shared_memory
-
-    block: Any = shared_memory.SharedMemory(name=name)
-    block.buf[: len(data)] = data
-    block.close()
-    return len(data)
-
-
-def write_block(block: Any, data: bytes) -> None:
-    """Write into a shared memory block that came as an argument."""
-    block.buf[: len(data)] = data
-    block.close()
-
-
-def fill(proxy: Any, value: Any) -> None:
-    """Append to a manager's list."""
-    proxy.append(value)
-
-
-def write_fd(connection: Any) -> None:
-    """Send from a process that got a connection inside a structure."""
-    connection["deep"][0].send("deep")
-
-
-def hand_on(js: Jobserver, connection: Any) -> None:
-    """Give a connection to a nested job."""
-    js.submit(send, args=(connection, "from below")).result()
-
-
 def other_methods() -> list[int]:
     """Use a Jobserver of each start method inside a job."""
     from jobserver import Jobserver
@@ -513,120 +429,6 @@ def nested_failure(js: Jobserver) -> Any:
     return js.submit(divide_deeply, args=(1,)).result()
 
 
-# Jobs that end badly or leave something behind
-
-
-def exec_program(command: list[str]) -> None:
-    """Become another program."""
-    os.execv(command[0], command)
-
-
-def ignoring_signals(gate: Gate) -> None:
-    """Stand at the gate, deaf to polite signals."""
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    gate.enter()
-
-
-def close_descriptors(first: int, gate: Gate | None = None) -> str:
-    """Close every descriptor from a number on, then run on."""
-    os.closerange(first, 4096)
-    if gate is not None:
-        gate.enter()
-    return "closed"
-
-
-def close_streams(how: str) -> str:
-    """Make stdout and stderr unusable, with text still buffered."""
-    sys.stdout.write("")
-    if how == "object":
-        sys.stdout.close()
-        sys.stderr.close()
-    elif how == "descriptor":
-        os.close(1)
-        os.close(2)
-    elif how == "none":
-        setattr(sys, "stdout", None)  # noqa: B010
-        setattr(sys, "stderr", None)  # noqa: B010
-    else:
-        reader, writer = os.pipe()
-        os.close(reader)
-        # Whatever is flushed into this pipe at the end fails.
-        sys.stdout = os.fdopen(writer, "w")
-        sys.stdout.write("nobody reads this")
-    return "closed"
-
-
-def grandchild(gate: Gate, path: str, answer: str) -> str:
-    """Leave a process at the gate that holds all that this one holds; then answer, or die."""
-    child = os.fork()
-    if child == 0:
-        try:
-            gate.enter()
-        finally:
-            os._exit(0)
-    gate.await_entered(1)
-    Path(path).write_text(str(child))
-    if answer == "die":
-        os._exit(23)
-    return answer
-
-
-def run_daemon_thread() -> str:
-    """Leave a busy daemon thread."""
-
-    def spin() -> None:
-        while True:
-            time.sleep(0.001)
-
-    threading.Thread(target=spin, daemon=True).start()
-    return "left a daemon"
-
-
-def stop_other_threads_from_finishing(gate: Gate) -> str:
-    """Leave a thread, not a daemon, that stands at the gate."""
-    thread = threading.Thread(target=gate.enter)
-    thread.start()
-    gate.await_entered(1)
-    return "never seen"
-
-
-def change_directory(path: str) -> str:
-    """Go elsewhere."""
-    os.chdir(path)
-    return os.getcwd()
-
-
-def change_much(path: str) -> None:
-    """Change what belongs to the process."""
-    os.chdir(path)
-    os.umask(0o177)
-    os.nice(3)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    os.environ["JOBSERVER_T"] = "left behind"
-    sys.path.insert(0, "left behind")
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    socket.setdefaulttimeout(5)
-
-
-def look_around() -> list[Any]:
-    """What change_much changes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return [
-        os.getcwd(),
-        mask,
-        os.nice(0),
-        resource.getrlimit(resource.RLIMIT_CORE),
-        resource.getrlimit(resource.RLIMIT_NOFILE),
-        os.environ.get("JOBSERVER_T"),
-        "left behind" in sys.path,
-        signal.getsignal(signal.SIGUSR1),
-        socket.getdefaulttimeout(),
-    ]
-
-
 def use_from_threads(js: Jobserver, count: int) -> list[int]:
     """Submit from several threads of one job."""
     answers: list[int] = []
@@ -640,20 +442,3 @@ def use_from_threads(js: Jobserver, count: int) -> list[int]:
     for thread in threads:
         thread.join()
     return sorted(answers)
-
-
-# For the end of programs
-
-
-def slow_touch(begun: str, done: str) -> None:
-    """Tell of the beginning, take a moment, tell of the end."""
-    touch(begun)
-    time.sleep(0.3)
-    touch(done)
-
-
-def leave_child(js: Jobserver, begun: str, done: str) -> str:
-    """Start a job and return without waiting for it."""
-    js.submit(slow_touch, args=(begun, done))
-    wait_until(lambda: os.path.exists(begun), "the child to begin")
-    return "left"

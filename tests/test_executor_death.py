@@ -36,15 +36,8 @@ from helpers import (
     soft_exit,
     wait_until,
 )
-from jobs import (
-    ExitsWhenUnpickled,
-    RaisesWhenPickled,
-    RaisesWhenUnpickled,
-    SoftExitWhenUnpickled,
-    divide_deeply,
-    exec_program,
-    fail_from_cause,
-)
+from jobs import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled, SoftExitWhenUnpickled, divide_deeply, fail_from_cause
+from jobs_ending import exec_program
 
 from jobserver import Jobserver, JobserverExecutor, SubmissionDied
 

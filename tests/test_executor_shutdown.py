@@ -27,7 +27,7 @@ from helpers import (
     sleep,
     wait_until,
 )
-from jobs import ignoring_signals
+from jobs_ending import ignoring_signals
 
 from jobserver import Jobserver, JobserverExecutor, SubmissionDied
 

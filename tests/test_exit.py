@@ -28,7 +28,7 @@ import gc, os, signal, sys, threading, time
 from pathlib import Path
 from jobserver import Jobserver
 from helpers import Gate, identity, nothing, touch
-from jobs import slow_touch
+from jobs_ending import slow_touch
 
 method, directory = sys.argv[1:3]
 
@@ -156,7 +156,7 @@ def test_job_that_ends_before_its_children(method: str, tmp_path: Path) -> None:
     text = (
         "import sys\n"
         "from jobserver import Jobserver\n"
-        "from jobs import leave_child\n"
+        "from jobs_ending import leave_child\n"
         "from helpers import identity\n"
         "if __name__ == '__main__':\n"
         f"    with Jobserver({method!r}, 2) as js:\n"

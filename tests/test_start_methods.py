@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 from helpers import PATIENCE, Gate, add, descendants, has_ended, identity, pid, wait_until
-from jobs import (
+from jobs import other_methods
+from jobs_shared import (
     count_up,
     echo,
     fill,
     hand_on,
     meet,
     notify,
-    other_methods,
     pass_event,
     put,
     send,

@@ -193,3 +193,4 @@ def compressed_size(data: bytes) -> int:
 # Python makes ready what this needs when it is first used (regular expressions, classes, memory).
 # Here that is once, in the process that jobs are forked from, and not again in each of them.
 measure(Path(__file__))
+bytes(1 << 24)

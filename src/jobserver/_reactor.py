@@ -29,6 +29,7 @@ from . import _forking
 from ._flight import Flight, Started
 from ._outcome import Outcome
 from ._signals import Deferred, deferred
+from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
@@ -71,7 +72,7 @@ class Reactor:
         self._closings = 0  # how often a watched descriptor has been closed
         self._lingering = 0  # workers that have answered and are not reaped yet
         self._leading = False
-        self._followers: dict[_Sleeper, None] = {}
+        self._followers: dict[Sleeper, None] = {}
         _forking.track(self, at_leisure=True)
 
     def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
@@ -130,14 +131,14 @@ class Reactor:
         tick: Optional[float],
         on_tick: Callable[[], Any],
     ) -> bool:
-        sleeper = _Sleeper(target, bool(arm))
+        sleeper = Sleeper(target, bool(arm))
         leading = False
         try:
             while True:
                 with self.lock:
                     if test():
                         return True
-                    pause = _pause(deadline, tick)
+                    pause = pause_until(deadline, tick)
                     if pause is not None and pause <= 0:
                         return False
                     for fd in arm:
@@ -372,34 +373,6 @@ class Reactor:
         self._leading = False
         self._followers = {}
         _active.discard(self)
-
-
-class _Sleeper:
-    """One waiting thread that does not poll."""
-
-    __slots__ = ("_lock", "seeks", "target")
-
-    def __init__(self, target: Optional[object], seeks: bool) -> None:
-        self.target = target
-        self.seeks = seeks
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def sleep(self, pause: Optional[float]) -> bool:
-        """Sleep until woken; True when the pause was over first."""
-        return not self._lock.acquire(timeout=-1 if pause is None else pause)
-
-    def wake(self) -> None:
-        """Wake the thread, now or when it next sleeps."""
-        if self._lock.locked():
-            self._lock.release()
-
-
-def _pause(deadline: Optional[float], tick: Optional[float]) -> Optional[float]:
-    if deadline is None:
-        return tick
-    # A day at a time: neither epoll nor a lock can count to the end of a very long timeout.
-    return min(deadline - time.monotonic(), 86400.0 if tick is None else tick)
 
 
 def active_reactors() -> list[Reactor]:
