@@ -265,6 +265,22 @@ def free_slots(js: Any, gate: Gate, most: int = 64) -> int:
     return len(futures)
 
 
+#: The calls that observe the end of a job, by name: see observe().
+OBSERVERS = ["done", "wait", "result", "submit", "reclaim_resources"]
+
+
+def observe(js: Any, future: Any, how: str) -> None:
+    """Let the named call observe the end of a job."""
+    calls: dict[str, Callable[[], object]] = {
+        "done": lambda: future.done(PATIENCE),
+        "wait": lambda: future.wait(PATIENCE),
+        "result": lambda: future.result(PATIENCE),
+        "submit": lambda: js.submit(nothing, timeout=PATIENCE).wait(PATIENCE),
+        "reclaim_resources": js.reclaim_resources,
+    }
+    calls[how]()
+
+
 # Job functions
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from jobserver import Jobserver
 
-# Jobs that end badly or leave something behind
-
 
 def exec_program(command: list[str]) -> None:
     """Become another program."""

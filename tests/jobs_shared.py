@@ -12,8 +12,6 @@ from helpers import PATIENCE
 if TYPE_CHECKING:
     from jobserver import Jobserver
 
-# multiprocessing objects as arguments
-
 
 def put(queue: Any, value: Any) -> None:
     """Put into a queue."""

@@ -38,30 +38,53 @@ ALL = -2  # a process that waits for all its children, at its end
 #: Rule -> (module and function, a line of it), for the test that compares them with the source.
 RULES = {
     "take a free token": ("_admission.Admission.take", "lease = slots.try_take()"),
-    "lend in submit": ("_admission.Admission.take", "mine = own.lend()"),
-    "but not for map's next input": (
+    "lend if there is none, in map, too": (
         "_admission.Admission.take",
-        "deadline is None and until is None",
+        "if lease is None and lends: lease = own.lend_to_child()",
     ),
-    "ring when there is nothing to lend": ("_admission.Admission.take", "own.ring()"),
-    "hush when a token was found": ("_admission.Admission.take", "own.hush()"),
-    "ring the nearest job with a slot": ("_slots._own.OwnSlot.bell_for_child", "_outer_bell"),
-    "sweep while waiting": ("_admission.Admission.take", "on_tick=slots.sweep"),
+    "never before a deadline": (
+        "_admission.Admission.take",
+        "lends = deadline is None and own.attach(slots)",
+    ),
+    "or leave it for the first result": ("_admission.Admission.take", "until._outcome is not None"),
+    "lend in a berth of its own": ("_slots._lease.Lease.relocated", "self.section.relocate("),
+    "ring if there is nothing to lend": (
+        "_admission.Admission.take",
+        "if lends and not own.consumes: bell.ring()",
+    ),
+    "hush when it is over": ("_admission.Admission.take", "bell.hush()"),
+    "ring the nearest job with a slot": (
+        "_slots._own.OwnSlot.bell_for_child",
+        "if not self.consumes: return self._outer_bell",
+    ),
+    "sweep while waiting for a token": ("_admission.Admission.take", "on_tick=slots.sweep"),
     "hold a slot before submit returns": ("_shared.Shared.start", "self.admission.regain()"),
     "regain from the pool": ("_admission.Admission.regain", "own.lease = slots.try_take()"),
+    "sweep while regaining": ("_admission.Admission.regain", "on_tick=slots.sweep"),
+    "ring when no child will bring a slot, or when rung": (
+        "_admission.Admission.regain",
+        "return not reactor.lends_below() or own.heard()",
+    ),
     "lend in wait if told to or rung": (
         "_admission.Admission._wait",
         "lend = can_lend and (self._lends(future) or own.heard())",
     ),
     "lend into the pool": ("_admission.Admission._wait_lending", "mine.release()"),
     "claim the child's slot": ("_admission.Admission._wait_lending", "reactor.claimed |= claimed"),
+    "pass the bell on": (
+        "_admission.Admission._wait_lending",
+        "if own.heard(): bell.ring()",
+    ),
     "regain after waiting": ("_admission.Admission._wait_lending", "self.regain()"),
     "keep a child's slot": ("_reactor.Reactor._slot_back", "own.lease = lease"),
     "leave what it has returned itself": ("_reactor.Reactor._slot_back", "lease.abandon()"),
-    "sweep the berth of a dead child": ("_reactor.Reactor._slot_back", "self.slots.sweep_berth("),
+    "a dead child's slot is ours if it is there": (
+        "_reactor.Reactor._slot_back",
+        "mine = lease.reclaim() if frame is None else not frame.flags & RETURNED",
+    ),
     "wait for all at the end": ("_ending.finish_jobs", "wait_for_all()"),
     "return a slot that is not the first": ("_slots._own.OwnSlot.returned", "lease.release()"),
-    "answer last": ("_worker._main.end", "send(channel, pieces)"),
+    "answer last": ("_worker._main.Job._end", "send(self._channel, pieces)"),
 }
 
 
@@ -230,6 +253,8 @@ class Model:
         head = process.waits_for if process.phase == UNTIL else NONE
         if head != NONE and state.processes[head].settled:
             # The next input can wait: the first result is there to be yielded.
+            if process.rang:
+                state = self._hush(_with(state, me, rang=False), me)
             yield _with(state, me, phase=RUN, waits_for=NONE, waited=process.waited + 1)
             return
         if process.own == NONE:

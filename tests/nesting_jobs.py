@@ -514,6 +514,12 @@ def submit_then_pass(js: Jobserver, turnstile: Turnstile) -> bool:
     return ended
 
 
+def leave_two_children(js: Jobserver, turnstile: Turnstile) -> None:
+    """Submit two and wait for neither: the job's end does."""
+    for name in ("first", "second"):
+        js.submit(turnstile.enter, args=(name,))
+
+
 def slots_seen(js: Jobserver) -> int:
     """How many more slots a job finds free."""
     count = 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""Arguments of submit: what is taken, what is refused, and how it fails on its way to the worker."""
+"""Arguments of submit: what is taken, what is refused, and how they fail on their way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from helpers import (
     nothing,
     open_fds,
 )
-from jobs import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled
+from jobs_results import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled
 
 from jobserver import Jobserver, SubmissionDied
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import (
+    OBSERVERS,
     PATIENCE,
     Gate,
     await_end,
@@ -14,6 +15,7 @@ from helpers import (
     free_slots,
     identity,
     nothing,
+    observe,
     worker_pid,
 )
 

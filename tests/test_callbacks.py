@@ -7,10 +7,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers import (
+    OBSERVERS,
     PATIENCE,
     Gate,
     add,
@@ -18,6 +19,7 @@ from helpers import (
     fail,
     identity,
     nothing,
+    observe,
     worker_pid,
 )
 
@@ -25,21 +27,6 @@ from jobserver import Future, Jobserver, SubmissionDied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-def observe(js: Jobserver, future: Future[Any], how: str) -> None:
-    """Let the named call observe the end of a job."""
-    calls: dict[str, Callable[[], object]] = {
-        "done": lambda: future.done(PATIENCE),
-        "wait": lambda: future.wait(PATIENCE),
-        "result": lambda: future.result(PATIENCE),
-        "submit": lambda: js.submit(nothing, timeout=PATIENCE).wait(PATIENCE),
-        "reclaim_resources": js.reclaim_resources,
-    }
-    calls[how]()
-
-
-OBSERVERS = ["done", "wait", "result", "submit", "reclaim_resources"]
 
 
 @pytest.mark.contract("F13", "H2", "S15")

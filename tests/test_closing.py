@@ -23,9 +23,7 @@ from helpers import (
     wait_until,
     worker_pid,
 )
-from jobs import (
-    close_in_job,
-)
+from jobs import close_in_job
 
 from jobserver import Jobserver
 

@@ -36,7 +36,8 @@ from helpers import (
     soft_exit,
     wait_until,
 )
-from jobs import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled, SoftExitWhenUnpickled, divide_deeply, fail_from_cause
+from jobs import divide_deeply, fail_from_cause
+from jobs_results import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled, SoftExitWhenUnpickled
 from jobs_ending import exec_program
 
 from jobserver import Jobserver, JobserverExecutor, SubmissionDied

@@ -23,14 +23,7 @@ from helpers import (
     pid,
     worker_pid,
 )
-from jobs import (
-    Appender,
-    name_of_worker,
-    nest,
-    nested_at_gate,
-    tracked_in_job,
-    use_handles_in_job,
-)
+from jobs import Appender, name_of_worker, nest, nested_at_gate, tracked_in_job, use_handles_in_job
 
 from jobserver import Blocked, CallbackRaised, Jobserver
 

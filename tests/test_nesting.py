@@ -27,6 +27,7 @@ from nesting_jobs import (
     chain,
     fan,
     kill_a_borrower,
+    leave_two_children,
     shape,
     slots_seen,
     submit_from_threads,
@@ -272,6 +273,27 @@ def test_job_lends_at_its_end(turnstile: Turnstile) -> None:
 
         turnstile.let("other")
         assert other.result(PATIENCE) == "other"
+        assert conserved(js)
+
+
+@pytest.mark.contract("N6", "N8")
+def test_job_lends_all_that_comes_back_at_its_end(turnstile: Turnstile) -> None:
+    """With lend a job at its end keeps no slot idle while any child of it still runs."""
+    with Jobserver("fork", 3, lend=True) as js:
+        parent = js.submit(leave_two_children, args=(js, turnstile))
+        wait_until(lambda: sorted(turnstile.inside()) == ["first", "second"])
+        futures = [js.submit(turnstile.enter, args=("one",), timeout=PATIENCE)]
+        wait_until(lambda: sorted(turnstile.inside()) == ["first", "one", "second"])
+        turnstile.let("first")
+
+        futures.append(js.submit(turnstile.enter, args=("two",), timeout=PATIENCE))
+
+        wait_until(lambda: sorted(turnstile.inside()) == ["one", "second", "two"])
+        assert refused(js)
+        for name in ("second", "one", "two"):
+            turnstile.let(name)
+        assert parent.result(PATIENCE) is None
+        assert [future.result(PATIENCE) for future in futures] == ["one", "two"]
         assert conserved(js)
 
 

@@ -19,7 +19,7 @@ from helpers import (
     run_program,
     sleep,
 )
-from jobs import (
+from jobs_results import (
     ExitsWhenPickled,
     NeedsTwo,
     RaisesWhenPickled,
@@ -266,7 +266,7 @@ def test_unpickling_that_ends_the_caller() -> None:
         [
             "-c",
             "from jobserver import Jobserver\n"
-            "from jobs import give\n"
+            "from jobs_results import give\n"
             "js = Jobserver('fork', 1)\n"
             "js.submit(give, args=('ExitsWhenUnpickled', 0)).result()\n"
             "print('not reached')",

@@ -26,8 +26,6 @@ from jobserver import Blocked, Jobserver
 if TYPE_CHECKING:
     from pathlib import Path
 
-# sleep_fn
-
 
 @pytest.mark.contract("S10")
 def test_sleep_fn(tmp_path: Path) -> None:

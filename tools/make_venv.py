@@ -27,6 +27,15 @@ def run(*command: str) -> bool:
     return subprocess.run(command, check=False).returncode == 0
 
 
+def has_pip(python: str) -> bool:
+    """True when an interpreter is there, and has a pip."""
+    command = [python, "-m", "pip", "--version"]
+    try:
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 def fetch_pip(python: Path) -> bool:
     """Have any pip at hand download a pip that suits `python`, straight into its site-packages."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -34,7 +43,10 @@ def fetch_pip(python: Path) -> bool:
     version = "{}.{}".format(*sys.version_info[:2])
     options = ["--target", target, "--python-version", version, "--only-binary", ":all:"]
     helpers = [sys.executable, ".venv/bin/python", "python3", "python"]
-    return any(run(helper, "-m", "pip", "install", *QUIET, *options, "pip") for helper in helpers)
+    return any(
+        has_pip(helper) and run(helper, "-m", "pip", "install", *QUIET, *options, "pip")
+        for helper in helpers
+    )
 
 
 def main(directory: Path) -> str | int:

@@ -3,7 +3,7 @@
 """
 Run the tests on every interpreter at hand.
 
-    python tools/test_all.py [--skip 3.11] [--only-summary]
+    python tools/test_all.py [--skip 3.11] [--jobs 2] [--only-summary]
 
 Looked for, the first of each version wins: what the variable JOBSERVER_PYTHONS names (paths with
 `:` between), then python3.9 to python3.14 on PATH, then pyenv's versions.  Each has an environment
@@ -20,7 +20,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VERSIONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -50,42 +52,77 @@ def interpreters() -> dict[str, str]:
     return {version: found[version] for version in VERSIONS if version in found}
 
 
-def run(version: str, python: str) -> bool:
-    """True when the tests passed on that interpreter."""
-    venv = Path(f".venv-{version}")
-    (venv / "junit.xml").unlink(missing_ok=True)
-    print(f"\n== Python {version}: {python}", flush=True)
-    make = ["make", "--no-print-directory", "test", f"PYTHON={python}", f"VENV={venv}"]
-    with subprocess.Popen(["timeout", "-k", "10", LIMIT, *make]) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            # Whoever stops us stops the run as well: `timeout` hands the signal on to all of it.
-            process.terminate()
-            raise
-    if status:
-        print(f"== Python {version}: failed, exit status {status}", flush=True)
-    return status == 0
+class Runs:
+    """The runs that are going on, some of them at the same time."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.lock = threading.Lock()
+        self.processes: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+
+    def all(self, found: dict[str, str]) -> dict[str, bool]:
+        """Run the tests on each interpreter; which of them passed."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return dict(zip(found, pool.map(self.one, found, found.values())))
+            except BaseException:
+                self.stop()
+                raise
+
+    def one(self, version: str, python: str) -> bool:
+        """True when the tests passed on that interpreter; what they said comes in one piece."""
+        venv = Path(f".venv-{version}")
+        (venv / "junit.xml").unlink(missing_ok=True)
+        make = ["make", "--no-print-directory", "test", f"PYTHON={python}", f"VENV={venv}"]
+        with self.lock:
+            if self.stopped:
+                return False
+            print(f"== Python {version}: {python}: started", flush=True)
+            process = subprocess.Popen(
+                ["timeout", "-k", "10", LIMIT, *make],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self.processes.add(process)
+        with process:
+            output = process.communicate()[0]
+        with self.lock:
+            self.processes.discard(process)
+            how = f"failed, exit status {process.returncode}" if process.returncode else "passed"
+            print(
+                f"\n== Python {version}: {python}\n{output}== Python {version}: {how}", flush=True
+            )
+        return process.returncode == 0
+
+    def stop(self) -> None:
+        """Whoever stops us stops the runs as well: `timeout` hands the signal on to all of it."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
 
 
 def sum_up(venvs: list[Path]) -> int:
     """Print a line for each environment's last run, then the sum; how many tests failed in all."""
     passed = failed = 0
-    reports = [venv / "junit.xml" for venv in venvs if (venv / "junit.xml").exists()]
-    for report in sorted(reports, key=lambda path: version_of(path.parent)):
+    for venv in sorted(venvs, key=version_of):
+        version = ".".join(map(str, version_of(venv)))
+        report = venv / "junit.xml"
+        if not report.exists():
+            print(f"Python {version}: no report, so the run has not come to its end")
+            failed += 1
+            continue
         suite = ET.parse(report).getroot().find("testsuite")
         assert suite is not None
-        count = {
-            name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
-        }
-        bad = count["failures"] + count["errors"]
-        good = count["tests"] - bad - count["skipped"]
+        tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+        bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        good = tests - bad - skipped
         seconds = float(suite.get("time", 0))
-        version = ".".join(map(str, version_of(report.parent)))
-        print(
-            f"Python {version}: {good} passed, {bad} failed, {count['skipped']} skipped"
-            f" in {seconds:.0f} s",
-        )
+        print(f"Python {version}: {good} passed, {bad} failed, {skipped} skipped, {seconds:.0f} s")
         passed, failed = passed + good, failed + bad
     print(f"{passed} passed, {failed} failed")
     return failed
@@ -105,19 +142,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(description="Run the tests on every interpreter at hand.")
     parser.add_argument("--skip", action="append", default=[], help="leave out this version")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at once (default: 1)")
     parser.add_argument("--only-summary", action="store_true", help="sum up what ran last")
     options = parser.parse_args()
     if options.only_summary:
-        return int(sum_up(list(Path().glob(".venv*"))) > 0)
+        # Those of them that are for tests.
+        stamps = Path().glob(".venv*/.stamp-group-test")
+        return int(sum_up([stamp.parent for stamp in stamps]) > 0)
     found = {v: python for v, python in interpreters().items() if v not in options.skip}
     if not found:
         print("No interpreter found.")
         return 1
-    results = {version: run(version, python) for version, python in found.items()}
+    results = Runs(options.jobs).all(found)
     print("\nRan on:", *(f"{v} ({'passed' if ok else 'FAILED'})" for v, ok in results.items()))
     missing = [v for v in VERSIONS if v not in found and v not in options.skip]
     print("Not found, so not run:", *(missing or ["none"]))
-    sum_up([Path(f".venv-{version}") for version in found])
+    sum_up([venv for venv in (Path(f".venv-{version}") for version in found) if venv.exists()])
     return 0 if all(results.values()) else 1
 
 

@@ -190,7 +190,9 @@ def compressed_size(data: bytes) -> int:
     return min(len(lzma.compress(data, filters=chain)) for chain in chains)
 
 
-# Python makes ready what this needs when it is first used (regular expressions, classes, memory).
-# Here that is once, in the process that jobs are forked from, and not again in each of them.
+# What is slow the first time is done here, once, in the process that jobs are forked from, and not
+# again in each of them: Python makes ready what the stages need (regular expressions, classes). And
+# glibc learns to keep blocks of such a size when they are freed; lzma takes and frees several for
+# each file, and the kernel would clear them each time.
 measure(Path(__file__))
 bytes(1 << 24)

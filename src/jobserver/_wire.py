@@ -164,7 +164,9 @@ class FrameReader:
                 budget -= count
                 self.progress += count
                 if self._frame is not None and not self._targets:
-                    return self._frame
+                    # Not kept: the reader may outlive what was read, which may be large.
+                    whole, self._frame = self._frame, None
+                    return whole
         except BlockingIOError:
             pass
         except ConnectionResetError:

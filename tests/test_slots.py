@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""The slot pool by itself: no token is ever lost or doubled, whoever is killed, and when."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+import pytest
+from helpers import process_state, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobserver import _forking
+from jobserver._slots._lease import Lease
+from jobserver._slots._pool import SlotPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SLOTS = 3
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:It looks like `register_random`:hypothesis.errors.HypothesisWarning"
+)
+
+
+@pytest.fixture
+def pool() -> Iterator[SlotPool]:
+    """A pool that is closed when the test ends."""
+    made = SlotPool.create(SLOTS)
+    yield made
+    made.close()
+
+
+def take(pool: SlotPool) -> Lease:
+    """A lease, which there must be."""
+    lease = pool.try_take()
+    assert lease is not None
+    return lease
+
+
+def in_child(action: Callable[[], Any]) -> int:
+    """Run an action in a forked process, which ends with it; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        action()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def reap(pid: int) -> int:
+    """Wait for a child; its exit status, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    assert reap(pid) == -signal.SIGKILL
+
+
+# Taking and giving back
+
+
+def test_every_slot_can_be_taken_once(pool: SlotPool) -> None:
+    """There are as many leases as slots, each on a berth of its own."""
+    leases = [take(pool) for _ in range(SLOTS)]
+
+    assert pool.try_take() is None
+    assert pool.free() == 0
+    assert len({lease.berth for lease in leases}) == SLOTS
+
+    for lease in leases:
+        lease.release()
+    assert pool.free() == SLOTS
+
+
+def test_release_is_once(pool: SlotPool) -> None:
+    """Releasing again, or abandoning what is released, changes nothing."""
+    lease = take(pool)
+    lease.release()
+    lease.release()
+    lease.abandon()
+
+    assert pool.free() == SLOTS
+
+
+def test_forgotten_lease_goes_back(pool: SlotPool) -> None:
+    """A lease that nobody refers to any more puts its token back."""
+    lease = take(pool)
+    assert pool.free() == SLOTS - 1
+    del lease
+    assert pool.free() == SLOTS
+
+
+def test_relocated_lease(pool: SlotPool) -> None:
+    """A token that is lent lies in another berth, and who shared the first lock has no part in it."""
+    lease = take(pool)
+    shared = os.dup(lease.fileno())
+    berth = lease.berth
+    moved = lease.relocated()
+
+    assert moved.berth != berth
+    assert pool.free() == SLOTS - 1
+    lease.release()  # spent
+    assert pool.free() == SLOTS - 1
+    moved.abandon()
+    assert pool.sweep() == 1  # though `shared` is open
+    assert pool.free() == SLOTS
+    os.close(shared)
+
+
+def test_reclaim(pool: SlotPool) -> None:
+    """A dead worker's token is its submitter's while it lies where it was, and only then."""
+    lease = take(pool)
+    theirs = pool.adopt(os.dup(lease.fileno()), pool.section_of(lease), lease.berth)
+    assert lease.reclaim()
+    moved = theirs.relocated()
+
+    assert not lease.reclaim()
+
+    lease.abandon()
+    moved.release()
+    assert pool.free() == SLOTS
+
+
+def test_sweep_leaves_the_living(pool: SlotPool) -> None:
+    """Sweeping takes nothing from who holds a lease."""
+    lease = take(pool)
+    assert pool.sweep() == 0
+    assert pool.free() == SLOTS - 1
+    lease.release()
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(st.lists(st.tuples(st.sampled_from("trlsd"), st.integers(0, 7)), max_size=40))
+def test_any_order_of_operations(operations: list[tuple[str, int]]) -> None:
+    """Free tokens and leases are always as many as there are slots."""
+    pool = SlotPool.create(SLOTS)
+    held: list[Lease] = []
+    for operation, number in operations:
+        if operation == "t":
+            lease = pool.try_take()
+            assert (lease is None) == (len(held) == SLOTS)
+            held += [lease] if lease else []
+        elif operation == "s":
+            assert pool.sweep() == 0
+        elif held:
+            lease = held.pop(number % len(held))
+            if operation == "r":
+                lease.release()
+            elif operation == "l":
+                held.append(lease.relocated())
+            else:
+                lease.abandon()  # nobody shares it: a dead holder's
+                assert pool.sweep() == 1
+        assert pool.free() + len(held) == SLOTS
+    for lease in held:
+        lease.release()
+    pool.close()
+
+
+def test_tokens_go_back_to_their_section() -> None:
+    """A pool of more tokens than one pipe may hold gets each back where it came from."""
+    pool = SlotPool.create(300)
+    before = [pool_bytes(pool, number) for number in range(len(pool.sections))]
+    leases = [take(pool) for _ in range(300)]
+    assert pool.try_take() is None
+    random.Random(1).shuffle(leases)
+    for lease in leases:
+        lease.release()
+
+    assert len(before) > 1
+    assert [pool_bytes(pool, number) for number in range(len(pool.sections))] == before
+    assert pool.free() == 300
+    pool.close()
+
+
+def pool_bytes(pool: SlotPool, number: int) -> int:
+    from jobserver._slots._splice import waiting_bytes
+
+    return waiting_bytes(pool.sections[number].pipe)
+
+
+# SIGKILL after each step
+
+
+def _take_and_release(pool: SlotPool) -> None:
+    take(pool).release()
+
+
+def _take_and_lend(pool: SlotPool) -> None:
+    take(pool).relocated().release()
+
+
+def _lend_twice_and_abandon(pool: SlotPool) -> None:
+    first = take(pool)
+    second = first.relocated()
+    second.relocated().abandon()
+    pool.sweep()
+
+
+def _sweep(pool: SlotPool) -> None:
+    take(pool).abandon()
+    pool.sweep()
+
+
+def _reclaim(pool: SlotPool) -> None:
+    lease = take(pool)
+    if lease.reclaim():
+        lease.release()
+
+
+def _take_all(pool: SlotPool) -> None:
+    leases = [take(pool) for _ in range(SLOTS)]
+    for lease in leases:
+        lease.release()
+
+
+SCENARIOS = [_take_and_release, _take_and_lend, _lend_twice_and_abandon, _sweep, _reclaim]
+
+
+def die_at(step: int, what: str, action: Callable[[], Any]) -> None:
+    """Run an action; SIGKILL this process before the given line, or instruction, of the slots' code."""
+    count = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        if "_slots" not in frame.f_code.co_filename:
+            return trace if frame.f_back is not None else None
+        frame.f_trace_opcodes = what == "opcode"
+        if event == what:
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+
+
+def kill_everywhere(pool: SlotPool, action: Callable[[SlotPool], None], what: str) -> int:
+    """Kill a process at each step of an action; after each kill all tokens are back."""
+    step = 0
+    while True:
+        step += 1
+        status = reap(in_child(lambda step=step: die_at(step, what, lambda: action(pool))))  # type: ignore[misc]
+        pool.sweep()
+        assert pool.free() == SLOTS, f"step {step} of {action.__name__}"
+        assert pool.sweep() == 0
+        if status == 0:
+            return step
+        assert status == -signal.SIGKILL
+
+
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("action", SCENARIOS)
+def test_kill_at_each_line(pool: SlotPool, action: Callable[[SlotPool], None]) -> None:
+    """SIGKILL before any line of taking, lending, sweeping and returning loses no token."""
+    assert kill_everywhere(pool, action, "line") > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [*SCENARIOS, _take_all])
+def test_kill_at_each_instruction(pool: SlotPool, action: Callable[[SlotPool], None]) -> None:
+    """The same before each instruction of the interpreter."""
+    assert kill_everywhere(pool, action, "opcode") > 150
+
+
+@pytest.mark.contract("S18", "F26")
+def test_orphan_keeps_its_slot(pool: SlotPool) -> None:
+    """While a worker lives its slot is taken, though its submitter is dead; then it is swept."""
+    reader, writer = os.pipe()
+
+    def submitter() -> None:
+        lease = take(pool)
+        with _forking.launch_lock():
+            worker = _forking.fork(frozenset({lease.fileno()}))
+        if not worker:
+            signal.pause()
+            os._exit(0)
+        os.write(writer, b"%d" % worker)
+        signal.pause()
+
+    pid = in_child(submitter)
+    worker = int(os.read(reader, 20))
+    kill(pid)
+
+    assert pool.sweep() == 0
+    assert pool.free() == SLOTS - 1
+
+    os.kill(worker, signal.SIGKILL)
+    wait_until(pool.sweep, "the orphan's token")
+    assert pool.free() == SLOTS
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.contract("S18")
+def test_sibling_does_not_keep_a_dead_ones_slot(pool: SlotPool) -> None:
+    """A worker has no part in the lock of its sibling's slot."""
+    lease = take(pool)
+    other = take(pool)
+    with _forking.launch_lock():
+        worker = _forking.fork(frozenset({other.fileno()}))
+    if not worker:
+        signal.pause()
+        os._exit(0)
+    lease.abandon()  # as if its worker and its submitter were gone
+
+    assert pool.sweep() == 1
+    assert pool.free() == SLOTS - 1
+
+    other.abandon()
+    assert pool.sweep() == 0
+    kill(worker)
+    assert pool.sweep() == 1
+    assert pool.free() == SLOTS
+
+
+def test_concurrent_sweepers(pool: SlotPool) -> None:
+    """Any number of processes may sweep at once: each token goes back once."""
+    leases: list[Lease] = []
+
+    def hold() -> None:
+        leases.extend(take(pool) for _ in range(SLOTS))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(5):
+        assert reap(in_child(hold)) == -signal.SIGKILL
+        sweepers = [in_child(pool.sweep) for _ in range(4)]
+        assert [reap(pid) for pid in sweepers] == [0] * 4
+        assert pool.free() == SLOTS
+
+
+# Many processes
+
+
+@pytest.mark.contract("N5", "S18")
+def test_census_under_random_kills(pool: SlotPool) -> None:
+    """Processes that take, lend and return, and are killed at random, never hold too much."""
+    _chaos(pool, kills=60, clients=4, seed=7)
+
+
+@pytest.mark.slow
+def test_census_under_very_many_kills(pool: SlotPool) -> None:
+    """The same for longer, and in another order each time."""
+    _chaos(pool, kills=3000, clients=8, seed=time.time_ns())
+
+
+def _chaos(pool: SlotPool, kills: int, clients: int, seed: int) -> None:
+    chance = random.Random(seed)
+    # One byte for each client, which is 1 for as long as it holds a slot for certain.
+    held = mmap.mmap(-1, clients)
+    pids = [_client(pool, held, number) for number in range(clients)]
+    try:
+        for count in range(kills):
+            time.sleep(chance.random() * 0.004)
+            number = chance.randrange(clients)
+            kill(pids[number])
+            held[number] = 0
+            pids[number] = _client(pool, held, number)
+            if count % 10 == 0:
+                assert _census(pids, held) <= SLOTS, f"seed {seed}"
+    finally:
+        for pid in pids:
+            kill(pid)
+        held.close()
+    pool.sweep()
+    assert pool.free() == SLOTS, f"seed {seed}"
+
+
+def _client(pool: SlotPool, held: mmap.mmap, number: int) -> int:
+    def work() -> None:
+        while True:
+            lease = pool.try_take()
+            if lease is None:
+                pool.sweep()
+                continue
+            held[number] = 1
+            lease = lease.relocated()
+            held[number] = 0
+            lease.release()
+
+    return in_child(work)
+
+
+def _census(pids: list[int], held: mmap.mmap) -> int:
+    """Stop everybody, then count."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        wait_until(lambda pid=pid: process_state(pid) == "T")  # type: ignore[misc]
+    count = sum(held[:])
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    return count
