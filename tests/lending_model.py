@@ -19,7 +19,7 @@ processes.
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,10 @@ ABSENT, RUN, TAKE, UNTIL, START, REGAIN, WAIT, LENT, RETURN, ANSWER, ANSWERED, G
 )
 _CALLS = frozenset((RUN, TAKE, UNTIL, REGAIN, WAIT, LENT))  # where it reaps its children
 _ENDED = frozenset((ANSWERED, GONE, DEAD))
-PHASES = "absent run take until start regain wait lent return answer answered gone dead".split()
+PHASES = (
+    *("absent", "run", "take", "until", "start", "regain", "wait", "lent"),
+    *("return", "answer", "answered", "gone", "dead"),
+)
 
 NONE = -1
 ALL = -2  # a process that waits for all its children, at its end
@@ -189,7 +192,7 @@ class Model:
                 yield _canonical(self._vanish(state, me, phase))
 
     def is_final(self, state: State) -> bool:
-        """Whether every process has ended (and a child of a killed one was perhaps never started)."""
+        """Whether every process has ended; children of a killed one may never have begun."""
         return all(process.phase in (ABSENT, GONE, DEAD) for process in state.processes)
 
     def check(self, state: State) -> None:
@@ -299,9 +302,7 @@ class Model:
             token, holders = berths[berth]
             berths[berth] = Berth(token, holders | 1 << kid)
             state = state._replace(berths=tuple(berths))
-        state = _with(
-            state, kid, phase=RUN, own=berth, own_is_first=berth != NONE, flight=berth
-        )
+        state = _with(state, kid, phase=RUN, own=berth, own_is_first=berth != NONE, flight=berth)
         lent = bool(me) and job.consume and process.own == NONE and self.rules.regain
         return _with(
             state,
@@ -423,9 +424,7 @@ class Model:
 
     def _vanish(self, state: State, me: int, phase: int) -> State:
         """The kernel drops the process's share in every lock."""
-        berths = tuple(
-            Berth(token, holders & ~(1 << me)) for token, holders in state.berths
-        )
+        berths = tuple(Berth(token, holders & ~(1 << me)) for token, holders in state.berths)
         state = state._replace(berths=berths)
         return _with(state, me, phase=phase, own=NONE, hand=NONE, own_is_first=False)
 
@@ -433,7 +432,7 @@ class Model:
 # States are values: each of these returns a new one
 
 
-def _with(state: State, me: int, **changes: object) -> State:
+def _with(state: State, me: int, **changes: Any) -> State:
     processes = list(state.processes)
     processes[me] = processes[me]._replace(**changes)
     return state._replace(processes=tuple(processes))
@@ -586,9 +585,6 @@ def forests(count: int) -> Iterator[tuple[int, ...]]:
         parents: list[int] = []
         _number(shape, 0, parents)
         yield tuple(parents)
-
-
-_Tree = tuple  # of trees
 
 
 def _forests(count: int, largest: int) -> Iterator[tuple]:  # type: ignore[type-arg]

@@ -384,7 +384,7 @@ def fan(js: Jobserver, account: Account, width: int, depth: int) -> int:
 
 
 def shape(js: Jobserver, tree: tuple[Any, ...]) -> str:
-    """Jobs given as (name, consume, kids, end): submit each child and wait for it, without limit."""
+    """Jobs given as (name, consume, kids, end): submit all children, then wait for each."""
     name, kids, end = tree[0], tree[2], tree[3] if len(tree) > 3 else ""
     futures = [js.submit(shape, args=(js, kid), consume=kid[1]) for kid in kids]
     words = []
@@ -445,7 +445,9 @@ class Turnstile:
     def inside(self) -> list[str]:
         """Who stands there now, in no order."""
         names = os.listdir(self.directory)
-        return [name[3:] for name in names if name.startswith("in.") and f"go.{name[3:]}" not in names]
+        return [
+            name[3:] for name in names if name.startswith("in.") and f"go.{name[3:]}" not in names
+        ]
 
     def pid(self, name: str) -> int:
         """The process of one that has come."""
@@ -460,7 +462,7 @@ class Turnstile:
 
 
 def branch(js: Jobserver, turnstile: Turnstile, width: int, depth: int, how: str, name: str) -> int:
-    """A tree whose leaves are the work: each stands at the turnstile; how many leaves there were."""
+    """A tree whose leaves, the work, stand at the turnstile; how many leaves there were."""
     if not depth:
         turnstile.enter(name)
         return 1

@@ -22,6 +22,7 @@ from helpers import (
     observe,
     worker_pid,
 )
+from marks import by_method
 
 from jobserver import Future, Jobserver, SubmissionDied
 
@@ -238,7 +239,7 @@ def test_callbacks_that_submit_without_recursion() -> None:
 
 
 @pytest.mark.contract("F17")
-@pytest.mark.parametrize("how", ["done", "wait", "result", "reclaim_resources"])
+@by_method("how", ["wait", "done", "result", "reclaim_resources"])
 def test_slots_are_back_before_callbacks(method: str, how: str) -> None:
     """With one slot a callback can submit at once: the job's slot is back already."""
     followers: list[Future[int]] = []

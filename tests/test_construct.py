@@ -22,6 +22,7 @@ from helpers import (
     run_program,
 )
 from jobs import Appender, nested_at_gate
+from marks import by_method
 
 from jobserver import Blocked, Jobserver
 
@@ -122,7 +123,7 @@ def test_bad_context(context: Any) -> None:
 
 
 @pytest.mark.contract("J4", "S3", "S4")
-@pytest.mark.parametrize("slots", [1, 2, 5])
+@by_method("slots", [2, 1, 5])
 def test_slots_jobs_run_at_once(method: str, gate: Gate, slots: int) -> None:
     """Exactly as many jobs run at once as there are slots."""
     with Jobserver(method, slots) as js:

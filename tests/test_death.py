@@ -35,6 +35,7 @@ from jobs_ending import (
     exec_program,
     ignoring_signals,
 )
+from marks import by_method
 
 from jobserver import Blocked, Jobserver, SubmissionDied
 
@@ -69,7 +70,7 @@ def expect_death(js: Jobserver, exitcode: int | None, job: Any, *args: Any) -> S
 
 
 @pytest.mark.contract("F9", "F10", "S18")
-@pytest.mark.parametrize("status", [0, 1, 7, 255])
+@by_method("status", [0, 1, 7, 255])
 def test_hard_exit(method: str, status: int) -> None:
     """os._exit is a SubmissionDied with the exit status, 0 included."""
     with Jobserver(method, 1) as js:
@@ -77,7 +78,7 @@ def test_hard_exit(method: str, status: int) -> None:
 
 
 @pytest.mark.contract("F9", "F10")
-@pytest.mark.parametrize(("status", "exitcode"), [(None, 0), (0, 0), (3, 3), ("a reason", 1)])
+@by_method("status, exitcode", [(3, 3), (None, 0), (0, 0), ("a reason", 1)])
 def test_soft_exit(method: str, status: Any, exitcode: int) -> None:
     """sys.exit is a SubmissionDied with the exit status, caused by the SystemExit."""
     with Jobserver(method, 1) as js:
@@ -108,7 +109,7 @@ def test_exec(method: str) -> None:
 
 
 @pytest.mark.contract("F9", "F10")
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+@by_method("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_signals_with_every_method(method: str, signum: signal.Signals) -> None:
     """A job killed by a signal is a SubmissionDied that names the signal."""
     with Jobserver(method, 1) as js:
@@ -179,7 +180,7 @@ def test_many_deaths_among_results(gate: Gate) -> None:
 
 
 @pytest.mark.contract("F9", "S18")
-@pytest.mark.parametrize("first", [3, 0])
+@by_method("first", [3, 0])
 def test_job_that_closes_all_descriptors(method: str, first: int) -> None:
     """Without its channel a job cannot answer: SubmissionDied, and the slot comes back."""
     with Jobserver(method, 1) as js:
@@ -205,7 +206,7 @@ def test_job_without_channel_keeps_its_slot_while_it_runs(gate: Gate) -> None:
 
 
 @pytest.mark.contract("F6")
-@pytest.mark.parametrize("how", ["object", "descriptor", "none", "broken"])
+@by_method("how", ["descriptor", "object", "none", "broken"])
 def test_job_that_closes_its_streams(method: str, how: str) -> None:
     """A job without usable stdout and stderr still gives its result."""
     with Jobserver(method, 1) as js:

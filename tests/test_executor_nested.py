@@ -136,6 +136,7 @@ def test_waiting_keeps_its_slot_without_lend(method: str, gate: Gate) -> None:
                 beside = js.submit(identity, args=(1,), timeout=PATIENCE)
                 assert beside.result(PATIENCE) == 1
                 gate.open()
+                assert job.result(PATIENCE) in gate.entered()
             else:
                 with pytest.raises(Blocked):
                     js.submit(identity, args=(1,), timeout=0.1)

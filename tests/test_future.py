@@ -30,6 +30,7 @@ from helpers import (
     worker_pid,
 )
 from jobs import divide_deeply, fail_from_cause
+from marks import by_method
 
 from jobserver import Blocked, Future, Jobserver, SubmissionDied
 
@@ -147,9 +148,7 @@ def test_result_again_is_the_same(method: str) -> None:
 
 
 @pytest.mark.contract("F7", "F12")
-@pytest.mark.parametrize(
-    ("kind", "args"), [(ValueError, ("bad",)), (KeyError, ("k",)), (OSError, ("gone",))]
-)
+@by_method("kind, args", [(KeyError, ("k",)), (ValueError, ("bad",)), (OSError, ("gone",))])
 def test_result_raises_what_fn_raised(method: str, kind: type, args: tuple[Any, ...]) -> None:
     """result() raises fn's exception: same type, same arguments, each time."""
     with Jobserver(method, 1) as js:

@@ -24,6 +24,7 @@ from helpers import (
     worker_pid,
 )
 from jobs import Appender, name_of_worker, nest, nested_at_gate, tracked_in_job, use_handles_in_job
+from marks import by_method
 
 from jobserver import Blocked, CallbackRaised, Jobserver
 
@@ -197,7 +198,7 @@ def test_deepcopy_of_a_structure() -> None:
 
 
 @pytest.mark.contract("H6", "H7")
-@pytest.mark.parametrize("depth", [1, 3])
+@by_method("depth", [3, 1])
 def test_travels_to_any_depth(method: str, depth: int) -> None:
     """A Jobserver can be handed down through levels of jobs, all on its slots."""
     with Jobserver(method, depth + 1) as js:

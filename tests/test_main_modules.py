@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers import run_program
+from marks import by_method
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ def imports(method: str) -> int:
 
 
 @pytest.mark.contract("J2", "S2")
-@pytest.mark.parametrize("folder", ["plain", "with a blank", "ünïcode"])
+@by_method("folder", ["with a blank", "plain", "ünïcode"])
 def test_script(method: str, tmp_path: Path, folder: str) -> None:
     """Functions and classes of a script work in jobs; the server imports the script only once."""
     script = tmp_path / folder / "program.py"

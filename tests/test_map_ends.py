@@ -21,12 +21,13 @@ from helpers import (
     settle,
 )
 from jobs import enter_if, exit_for, fail_for
+from marks import by_method
 
 from jobserver import Blocked, Jobserver, SubmissionDied
 
 
 @pytest.mark.contract("M10")
-@pytest.mark.parametrize("buffersize", [None, 1])
+@by_method("buffersize", [None, 1])
 def test_timeout(method: str, gate: Gate, buffersize: int | None) -> None:
     """Past the timeout the iterator raises TimeoutError of concurrent.futures."""
     with Jobserver(method, 1) as js:
@@ -72,7 +73,7 @@ def test_results_in_time() -> None:
 
 
 @pytest.mark.contract("M11", "M12", "H2")
-@pytest.mark.parametrize("how", ["drop", "break"])
+@by_method("how", ["drop", "break"])
 def test_leaving_early(method: str, gate: Gate, make_gate: Callable[[], Gate], how: str) -> None:
     """Leaving neither cancels what has started nor waits for it; its slot comes back."""
     first = make_gate()

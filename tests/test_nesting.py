@@ -336,7 +336,7 @@ def test_wait_with_a_timeout_does_not_lend(turnstile: Turnstile, how: str) -> No
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("how", WAYS)
 def test_every_slot_is_busy_with_work(slots: int, how: str, turnstile: Turnstile) -> None:
-    """With lend as many leaves as there are slots are at work at once, for as long as there are any.
+    """With lend there are always as many leaves at work as there are slots.
 
     No clock: no leaf is let go before all slots are busy, so a slot that waits stops the test.
     """
@@ -368,7 +368,7 @@ def _pass_leaves(
             wait_until(lambda busy=busy: len(turnstile.inside()) >= busy, f"{busy} leaves at work")  # type: ignore[misc]
             inside = turnstile.inside()
             assert len(inside) == busy
-            turnstile.let(sorted(inside)[0])
+            turnstile.let(min(inside))
         assert root.result(PATIENCE) == leaves
         assert turnstile.been() == leaves
         assert conserved(js)
@@ -470,7 +470,7 @@ def test_trees_from_many_threads(account: Account) -> None:
 
 @pytest.mark.contract("N3", "S18", "F26")
 def test_killed_parent_leaves_its_children_running(method: str, turnstile: Turnstile) -> None:
-    """A slot that was lent by a job that is killed is taken while its child lives, and free after."""
+    """A slot lent by a job that is killed is taken while its child lives, and free after."""
     with Jobserver(method, 1) as js:
         parent = js.submit(submit_then_pass, args=(js, turnstile))
         wait_until(turnstile.inside)

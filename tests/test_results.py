@@ -34,6 +34,7 @@ from jobs_results import (
     raise_with_group,
     raise_with_unpicklable,
 )
+from marks import by_method
 
 from jobserver import Jobserver, SubmissionDied
 
@@ -51,7 +52,7 @@ def test_sizes(size: int) -> None:
 
 
 @pytest.mark.contract("F6")
-@pytest.mark.parametrize("size", [0, 65535, 65536, 65537])
+@by_method("size", [65537, 0, 65535, 65536])
 def test_sizes_with_every_method(method: str, size: int) -> None:
     """Results around the size of a pipe arrive whole under each start method."""
     with Jobserver(method, 1) as js:
@@ -126,7 +127,7 @@ def test_deeply_nested_result() -> None:
 
 
 @pytest.mark.contract("F11", "F12", "S18")
-@pytest.mark.parametrize("kind", ["lambda", "lock", "generator", "RaisesWhenPickled", "too deep"])
+@by_method("kind", ["RaisesWhenPickled", "lambda", "lock", "generator", "too deep"])
 def test_results_that_cannot_be_pickled(method: str, gate: Gate, kind: str) -> None:
     """An unpicklable result is a RuntimeError that says so and why; again and again."""
     with Jobserver(method, 1) as js:
@@ -179,9 +180,7 @@ def test_result_that_raises_system_exit_when_unpickled() -> None:
 
 
 @pytest.mark.contract("F11", "F7", "S18")
-@pytest.mark.parametrize(
-    "job", [raise_needs_two, raise_with_unpicklable, raise_local], ids=lambda job: job.__name__
-)
+@by_method("job", [raise_needs_two, raise_with_unpicklable, raise_local])
 def test_exceptions_that_cannot_travel(method: str, gate: Gate, job: Any) -> None:
     """An exception that cannot be rebuilt here is a RuntimeError that keeps the traceback."""
     with Jobserver(method, 1) as js:

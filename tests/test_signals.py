@@ -20,12 +20,13 @@ from helpers import (
     worker_pid,
 )
 from jobs import Catcher
+from marks import by_method
 
 from jobserver import Jobserver, SubmissionDied
 
 
 @pytest.mark.contract("F3", "F5", "F9", "F10")
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@by_method("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_cancel_and_wait(method: str, gate: Gate, signum: signal.Signals) -> None:
     """wait(5, signal=S) ends the job and tells so: SubmissionDied with the signal."""
     with Jobserver(method, 1) as js:

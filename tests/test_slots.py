@@ -104,7 +104,7 @@ def test_forgotten_lease_goes_back(pool: SlotPool) -> None:
 
 
 def test_relocated_lease(pool: SlotPool) -> None:
-    """A token that is lent lies in another berth, and who shared the first lock has no part in it."""
+    """A lent token lies in another berth, and who shared the first lock has no part in it."""
     lease = take(pool)
     shared = os.dup(lease.fileno())
     berth = lease.berth
@@ -231,7 +231,7 @@ SCENARIOS = [_take_and_release, _take_and_lend, _lend_twice_and_abandon, _sweep,
 
 
 def die_at(step: int, what: str, action: Callable[[], Any]) -> None:
-    """Run an action; SIGKILL this process before the given line, or instruction, of the slots' code."""
+    """Run an action; SIGKILL this process before a given line, or instruction, of the slots."""
     count = 0
 
     def trace(frame: Any, event: str, arg: Any) -> Any:

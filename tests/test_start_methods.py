@@ -26,6 +26,7 @@ from jobs_shared import (
     write_fd,
     write_shared,
 )
+from marks import by_method
 
 from jobserver import Jobserver
 
@@ -65,7 +66,7 @@ def test_simple_queue(context: Any) -> None:
 
 
 @pytest.mark.contract("J2", "S2")
-@pytest.mark.parametrize("kind", ["Lock", "RLock", "Semaphore", "BoundedSemaphore"])
+@by_method("kind", ["Lock", "RLock", "Semaphore", "BoundedSemaphore"])
 def test_locks(context: Any, kind: str) -> None:
     """Locks and shared values exclude jobs from each other."""
     lock, value = getattr(context, kind)(), context.Value("i", 0, lock=False)

@@ -25,6 +25,7 @@ from helpers import (
     touch,
     worker_pid,
 )
+from marks import by_method
 
 from jobserver import Blocked, CallbackRaised, Future, Jobserver
 
@@ -103,7 +104,7 @@ def test_submit_waits_by_itself(method: str) -> None:
 
 
 @pytest.mark.contract("S4")
-@pytest.mark.parametrize("timeout", [0, 0.0, 0.15])
+@by_method("timeout", [0.15, 0, 0.0])
 def test_blocked(method: str, gate: Gate, tmp_path: Path, timeout: float) -> None:
     """Past the timeout submit raises Blocked, not earlier, and nothing has started."""
     with Jobserver(method, 1) as js:

@@ -55,9 +55,9 @@ def program(directory: Path, main: str, top: str = "") -> str:
     return str(path)
 
 
-def said(directory: Path, main: str, top: str = "", *arguments: str) -> Any:
+def said(directory: Path, main: str, top: str = "") -> Any:
     """Run a program to its end; what it has printed as JSON."""
-    done = run_program([program(directory, main, top), *arguments])
+    done = run_program([program(directory, main, top)])
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return json.loads(done.stdout)
@@ -113,8 +113,7 @@ def test_main_that_leaves_a_thread(tmp_path: Path) -> None:
 js = Jobserver("forkserver", 2)
 print(json.dumps(js.submit(parents, args=(js, 2)).result()))
 """,
-        f"note({str(log)!r})\n"
-        "threading.Thread(target=threading.Event().wait, daemon=True).start()",
+        f"note({str(log)!r})\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
     )
 
     pids = [int(line) for line in log.read_text().split()]
@@ -227,11 +226,6 @@ def test_killed_zygote_is_replaced(tmp_path: Path) -> None:
     found = said(
         tmp_path,
         """
-path = sys.argv[1]
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.005)
-    return "done"
 js = Jobserver("forkserver", 3)
 old = js.submit(os.getppid).result()
 good = js.submit(time.sleep, args=(0.3,))
@@ -246,8 +240,6 @@ except SubmissionDied as died:
     answer.append(died.exitcode)
 print(json.dumps([*answer, free(js), js.submit(os.getppid).result(10) == new]))
 """,
-        "",
-        str(tmp_path / "go"),
     )
 
     # Nobody is left to tell how a job of the old zygote has ended: None, rather than a guess.
@@ -317,7 +309,7 @@ print(json.dumps([refused, free(js), len(open_fds(zygote)) - before]))
 
 @pytest.mark.contract("S2")
 def test_failing_import_of_main_is_told(tmp_path: Path) -> None:
-    """A main module that cannot be imported again fails the jobs with its traceback, not the zygote."""
+    """A main module that cannot be imported again fails the jobs, with its traceback."""
     found = said(
         tmp_path,
         """

@@ -8,6 +8,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
+from . import _forking
 from ._errors import SubmissionDied
 from ._slots._lease import Lease
 from ._wire import Corrupt, Frame, FrameReader
@@ -31,7 +32,7 @@ class Started(NamedTuple):
 
     def kill(self) -> None:
         """End a worker that nobody will track, and close what belongs to it."""
-        os.close(self.channel)
+        _forking.close(self.channel)
         if self.pidfd >= 0:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             self.exit_status()

@@ -6,9 +6,11 @@ What must be right when this process forks, at any instant and in any thread.
 Guarantees:
 
 * Whoever opens descriptors that a forked child must not keep does so, and notes them in ``owned``
-  or in a tracked object, under ``launch_lock``. The lock is taken around every fork, also the
+  or in a tracked object, under ``books_lock``. The lock is taken around every fork, also the
   user's own, so a child never inherits a descriptor that is nowhere noted: end-of-file on a channel
   means death.
+* Nobody holds the lock while he forks, other than by the hook itself: libraries that are imported
+  later have hooks that take their locks before ours, and all forks must take them in one order.
 * In the child they are closed at once. Before anything else the epoch changes, which makes inert
   whatever acts on descriptors when it is finalized.
 * What tracked objects remember of the parent's jobs they forget in the child, at once; or, in a
@@ -19,9 +21,10 @@ Guarantees:
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import weakref
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 
 class _Tracked(Protocol):
@@ -35,14 +38,14 @@ _lock: Any = threading.RLock()
 _at_once: weakref.WeakSet[Any] = weakref.WeakSet()
 _at_leisure: weakref.WeakSet[Any] = weakref.WeakSet()
 _epoch = 0
-# What the child being forked keeps; None when it is not a worker of ours.
-_passed: Optional[frozenset[int]] = None
+# What the child that a thread is forking keeps, by thread; a worker of ours if there is an entry.
+_passing: dict[int, frozenset[int]] = {}
 # Set in a worker: what its parent remembered is still to be forgotten.
 _stale = False
 
 
-def launch_lock() -> Any:
-    """Return the lock that is held while a worker is launched, and around every fork."""
+def books_lock() -> Any:
+    """Return the lock under which descriptors are opened and noted; held around every fork."""
     return _lock
 
 
@@ -64,13 +67,43 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
 
 
 def fork(passed: frozenset[int]) -> int:
-    """Fork a worker that keeps the descriptors ``passed``; call with ``launch_lock`` held."""
-    global _passed  # noqa: PLW0603
-    _passed = passed
+    """Fork a worker that keeps the descriptors ``passed``."""
+    me = threading.get_ident()
+    _passing[me] = passed
     try:
         return os.fork()
     finally:
-        _passed = None
+        _passing.pop(me, None)
+
+
+def open_pipe() -> tuple[int, int]:
+    """Open a pipe, and note both ends."""
+    with _lock:
+        reader, writer = os.pipe()
+        owned.update((reader, writer))
+        return reader, writer
+
+
+def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
+    """Open a pair of Unix sockets, and note both."""
+    with _lock:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        owned.update((ours.fileno(), theirs.fileno()))
+        return ours, theirs
+
+
+def close(fd: int) -> None:
+    """Close a descriptor that was noted."""
+    with _lock:
+        owned.discard(fd)
+        os.close(fd)
+
+
+def close_socket(sock: socket.socket) -> None:
+    """Close a socket that was noted."""
+    with _lock:
+        owned.discard(sock.fileno())
+        sock.close()
 
 
 def settle() -> None:
@@ -96,8 +129,9 @@ def _after_in_child() -> None:
     _epoch += 1
     # However often the thread that forked had acquired it, nobody here is to release it.
     _lock._at_fork_reinit()
-    worker = _passed is not None
-    passed: frozenset[int] = _passed or frozenset()
+    found = _passing.get(threading.get_ident())
+    _passing.clear()
+    passed: frozenset[int] = found or frozenset()
     for fd in owned:
         if fd not in passed:
             os.close(fd)
@@ -105,7 +139,7 @@ def _after_in_child() -> None:
     for thing in list(_at_once):
         thing.after_fork_in_child(passed)
     _stale = True
-    if not worker:
+    if found is None:
         _forget_at_leisure()
 
 

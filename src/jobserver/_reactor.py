@@ -216,7 +216,7 @@ class Reactor:
     def _nudge_leader(self) -> None:
         if self._leading:
             if self._nudge < 0:
-                with _forking.launch_lock():
+                with _forking.books_lock():
                     self._nudge = new_fifo(1)
                     _forking.owned.add(self._nudge)
                 self._poller().register(self._nudge, select.EPOLLIN)
@@ -269,7 +269,7 @@ class Reactor:
 
     def _poller(self) -> select.epoll:
         if self._epoll is None:
-            with _forking.launch_lock():
+            with _forking.books_lock():
                 self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
                 _forking.owned.add(self._epoll.fileno())
         return self._epoll

@@ -130,8 +130,7 @@ class Shared:
             prepared = self.launcher.prepare(task)
             seat = seat_for(self.slots, lease, own_slot())
             with deferred() as signals:
-                with _forking.launch_lock():
-                    started = self.launcher.launch(prepared, seat)
+                started = self.launcher.launch(prepared, seat)
                 self._track(future, prepared, seat, started, lease, signals)
         except BaseException:
             if lease is not None:
@@ -156,7 +155,6 @@ class Shared:
                 self.launcher.deliver(prepared, seat, started)
             self.reactor.add(future, started, lease)
         except BaseException:
-            _forking.owned.discard(started.channel)
             started.kill()
             raise
 

@@ -30,7 +30,7 @@ class Wakeup:
         self._lock = threading.RLock()
         with reactor.lock:
             reactor._poller()  # so that the thread need not find a descriptor for it
-        with _forking.launch_lock():
+        with _forking.books_lock():
             self._fd = new_fifo(1)
             _forking.track(self)
 

@@ -21,7 +21,7 @@ class Launcher(Protocol):
         ...
 
     def launch(self, prepared: Any, seat: Seat) -> Started:
-        """Start a worker; called with the launch lock held. Its channel is noted as pending."""
+        """Start a worker; its channel is noted in ``_forking.owned``."""
         ...
 
     def deliver(self, prepared: Any, seat: Seat, started: Started) -> None:

@@ -32,10 +32,10 @@ class ForkLauncher:
         return task
 
     def launch(self, prepared: Task, seat: Seat) -> Started:
-        """Start a worker; call with the launch lock held."""
+        """Start a worker."""
         flush: Any = util
         flush._flush_std_streams()  # else what is buffered would be written twice
-        reader, writer = os.pipe()
+        reader, writer = _forking.open_pipe()
         parent = os.getpid()
         # All that the child can do without making, as what it writes to it must copy first.
         identity = Identity(parent)
@@ -46,25 +46,22 @@ class ForkLauncher:
         try:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
-                os.close(reader)
                 _child(job, identity, own, mask)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
                 # parent's stack in it.
                 os._exit(1)
-            os.close(reader)
+            _forking.close(reader)
             raise
         finally:
             if os.getpid() == parent:
-                os.close(writer)
-        _forking.owned.add(reader)
+                _forking.close(writer)
         os.set_blocking(reader, False)
         try:
             pidfd = open_pidfd(pid)
         except BaseException:
-            _forking.owned.discard(reader)
-            os.close(reader)
+            _forking.close(reader)
             raise
         return Started(pid, pidfd, reader, lambda: child_exit_status(pidfd))
 

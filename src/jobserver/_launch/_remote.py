@@ -43,19 +43,20 @@ class RemoteLauncher:
         return Prepared(pickle_task(task, self._method), surroundings())
 
     def launch(self, prepared: Prepared, seat: Seat) -> Started:  # noqa: ARG002
-        """Start a worker; call with the launch lock held, and ``deliver`` after it."""
-        ours, theirs = socket.socketpair()
+        """Start a worker, which then waits for ``deliver``."""
+        ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
         try:
-            with theirs:
-                if self._method == "spawn":
-                    started = _spawn(theirs, ours)
-                else:
-                    started = _zygote.client().launch(theirs, ours)
-            ours.setblocking(False)
+            if self._method == "spawn":
+                started = _spawn(theirs, ours)
+            else:
+                started = _zygote.client().launch(theirs, ours)
         except BaseException:
-            ours.close()
+            _forking.close_socket(ours)
             raise
-        _forking.owned.add(ours.detach())
+        finally:
+            _forking.close_socket(theirs)
+        ours.setblocking(False)
+        ours.detach()
         return started
 
     def deliver(self, prepared: Prepared, seat: Seat, started: Started) -> None:

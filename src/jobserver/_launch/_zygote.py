@@ -68,7 +68,7 @@ class ZygoteClient:
         _forking.track(self, at_leisure=True)
 
     def launch(self, theirs: socket.socket, ours: socket.socket) -> Started:
-        """Have a worker forked that owns ``theirs``; call with the launch lock held."""
+        """Have a worker forked that owns ``theirs``; with a connection of its own."""
         with self._lock:
             # Numbers go on when the zygote is replaced, so none is ever asked for at another one.
             number = next(self._numbers)
@@ -128,17 +128,17 @@ class ZygoteClient:
         if self._connection is not None:  # which starting has made
             return self._connection
         assert self._door is not None  # noqa: S101
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            fds = array.array("i", [theirs.fileno()])
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
-            try:
-                self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
-            except (BrokenPipeError, ConnectionResetError) as error:
-                ours.close()
-                raise ZygoteDied from error
+        ours, theirs = _forking.open_sockets(socket.SOCK_SEQPACKET)
+        fds = array.array("i", [theirs.fileno()])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+        try:
+            self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            _forking.close_socket(ours)
+            raise ZygoteDied from error
+        finally:
+            _forking.close_socket(theirs)
         self._connection = ours
-        _forking.owned.add(ours.fileno())
         return ours
 
     def _start(self, *, import_main: bool) -> None:
@@ -151,21 +151,21 @@ class ZygoteClient:
             "import_main": import_main,
             "preload": [name for name in preload._preload_modules if name != "__main__"],
         }
-        door, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        reader, writer = os.pipe()
+        door, server = _forking.open_sockets(socket.SOCK_SEQPACKET)
+        reader, writer = _forking.open_pipe()
         try:
             self._pid = start_interpreter(
                 "jobserver._worker._zygote", [server.fileno(), door.fileno(), reader]
             )
         except BaseException:
-            os.close(writer)
-            door.close()
+            _forking.close(writer)
+            _forking.close_socket(door)
             raise
         finally:
-            server.close()
-            os.close(reader)
+            _forking.close_socket(server)
+            _forking.close(reader)
         self.known, self._door, self._alive = known, door, writer
-        _forking.owned.add(writer)
+        _forking.owned.discard(door.fileno())  # forked jobs go through it, too
         self._tell(pickle.dumps(told))
         try:
             kind, _value, _fds = self._request(PING, 0)
@@ -195,12 +195,10 @@ class ZygoteClient:
         status = None
         for sock in (self._connection, self._door):
             if sock is not None:
-                _forking.owned.discard(sock.fileno())
-                sock.close()
+                _forking.close_socket(sock)
         self._connection = self._door = None
         if self._alive >= 0:
-            _forking.owned.discard(self._alive)
-            os.close(self._alive)
+            _forking.close(self._alive)
             self._alive = -1
             if self._pid > 0:
                 with contextlib.suppress(ChildProcessError):

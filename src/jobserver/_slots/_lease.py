@@ -21,7 +21,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from jobserver._forking import epoch, launch_lock
+from jobserver._forking import books_lock, epoch
 
 from ._section import lock, write_all
 from ._splice import waiting_bytes
@@ -57,7 +57,7 @@ class Lease:
         token, self._token = self._token, b""
         if token and self._epoch == epoch():
             write_all(self.section.pipe, token)
-        with launch_lock():
+        with books_lock():
             fd = self._let_go()
             if fd < 0:
                 return
@@ -72,7 +72,7 @@ class Lease:
     def abandon(self) -> None:
         """Let go without moving the token: whoever else shares the lock holds the slot on."""
         self._token = b""
-        with launch_lock():
+        with books_lock():
             fd = self._let_go()
             if fd >= 0:
                 os.close(fd)
@@ -87,7 +87,7 @@ class Lease:
         """
         if self._fd < 0:
             return self
-        with launch_lock():
+        with books_lock():
             moved = self.section.relocate(self._fd)
             if moved is None:
                 return self

@@ -106,7 +106,7 @@ class SlotPool:
             OSError: No descriptor is left for the lease.
         """
         for section in self.sections:
-            with _forking.launch_lock():  # no fork between the opening and the noting
+            with _forking.books_lock():  # no fork between the opening and the noting
                 taken = section.take()
                 if taken is not None:
                     fd, berth = taken
@@ -131,7 +131,7 @@ class SlotPool:
 
     def sweep(self) -> int:
         """Put the tokens of dead holders back; any process may, at any time. Returns how many."""
-        with _forking.launch_lock():
+        with _forking.books_lock():
             return sum(section.sweep() for section in self.sections)
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
