@@ -40,14 +40,24 @@ class Children:
         self.pids: list[int] = []
 
     def fork(self, action: Callable[[], object]) -> int:
-        """Run an action in a forked child, which then exits with 0, or with 1 if it raised."""
+        """Run an action in a forked child, which then exits with 0, or with 1 if it raised.
+
+        The child's fork hooks have run when this returns.
+        """
+        reader, writer = os.pipe()
         pid = os.fork()
         if pid:
+            os.close(writer)
+            os.read(reader, 1)
+            os.close(reader)
             self.pids.append(pid)
             return pid
         status = 1
         try:
             signal.alarm(60)  # a child that hangs must not outlive the test run
+            os.write(writer, b"!")
+            os.close(writer)
+            os.close(reader)
             action()
             status = 0
         finally:
@@ -138,7 +148,8 @@ def test_futures_in_flight_are_the_parents(children: Children, gate: Gate) -> No
         def in_child() -> None:
             assert done.result(0) == 7
             calls: list[Callable[[], Any]] = [future.result, future.wait, future.done]
-            for call in (*calls, lambda: future.result(0)):
+            calls.append(lambda: future.result(0))
+            for call in calls:
                 with pytest.raises(RuntimeError, match="process forked"):
                     call()
             js.reclaim_resources()
@@ -349,10 +360,10 @@ def test_child_has_no_descriptors_of_jobs(method: str, children: Children, gate:
         assert len(before) >= 6
 
         pid = children.staying()
-        wait_until(lambda: not kinds_of_ours(pid), "the child's hooks")
-
         there = open_fds(pid)
+
         assert not [fd for fd, what in before.items() if there.get(fd) == what]
+        assert not kinds_of_ours(pid)
         gate.open()
         for future in futures:
             future.result(PATIENCE)

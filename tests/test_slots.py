@@ -59,6 +59,23 @@ def in_child(action: Callable[[], Any]) -> int:
         os._exit(status)
 
 
+def worker_on(lease: Lease) -> int:
+    """A process that shares a lease, and stays; its fork hooks have run."""
+    reader, writer = os.pipe()
+    pid = _forking.fork(frozenset({lease.fileno()}))
+    if not pid:
+        try:
+            signal.alarm(60)
+            os.write(writer, b"!")
+            signal.pause()
+        finally:
+            os._exit(0)
+    os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+    return pid
+
+
 def reap(pid: int) -> int:
     """Wait for a child; its exit status, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -287,11 +304,7 @@ def test_orphan_keeps_its_slot(pool: SlotPool) -> None:
 
     def submitter() -> None:
         lease = take(pool)
-        with _forking.launch_lock():
-            worker = _forking.fork(frozenset({lease.fileno()}))
-        if not worker:
-            signal.pause()
-            os._exit(0)
+        worker = worker_on(lease)
         os.write(writer, b"%d" % worker)
         signal.pause()
 
@@ -314,11 +327,7 @@ def test_sibling_does_not_keep_a_dead_ones_slot(pool: SlotPool) -> None:
     """A worker has no part in the lock of its sibling's slot."""
     lease = take(pool)
     other = take(pool)
-    with _forking.launch_lock():
-        worker = _forking.fork(frozenset({other.fileno()}))
-    if not worker:
-        signal.pause()
-        os._exit(0)
+    worker = worker_on(other)
     lease.abandon()  # as if its worker and its submitter were gone
 
     assert pool.sweep() == 1

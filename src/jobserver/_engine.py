@@ -58,6 +58,7 @@ class Engine:
     def __init__(
         self, jobserver: Jobserver, initializer: Optional[Initializer], *, owns: bool
     ) -> None:
+        _forking.settle()
         self.jobserver = jobserver
         self.broken: Optional[str] = None
         self.stopping = False
@@ -78,7 +79,7 @@ class Engine:
         # Guards that there is one thread. Finalizers take the lock of the backlog, and this not; so
         # that one is never held while waiting for any other, and this may be.
         self._starting = threading.RLock()
-        _forking.track(self)
+        _forking.track(self, at_leisure=True)
 
     # What any thread may call
 
@@ -86,6 +87,7 @@ class Engine:
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Promise[Any]:
         """Queue a call."""
+        self.refuse_foreign()
         with self._starting:
             wakeup = self._wakeup or Wakeup(self._shared.reactor)
             promise: Promise[Any] = Promise(self)
@@ -110,7 +112,6 @@ class Engine:
     def _refuse(self) -> None:
         if self.broken is not None:
             raise BrokenProcessPool(self.broken)
-        self.refuse_foreign()
         if _ended_in == os.getpid():
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self.stopping:
@@ -119,10 +120,14 @@ class Engine:
 
     def refuse_foreign(self) -> None:
         """Raise RuntimeError in a process that is forked from the executor's own."""
-        if self._foreign:
+        if self._is_foreign():
             raise RuntimeError(
                 "this executor and its futures belong to the process that this one was forked from"
             )
+
+    def _is_foreign(self) -> bool:
+        _forking.settle()
+        return self._foreign
 
     def _start(self) -> None:
         # Not a daemon: the interpreter's end waits for it, and has told it before (`_at_exit`).
@@ -145,7 +150,7 @@ class Engine:
             cancel: Cancel what is pending.
             start: But not what would be running already if the thread had had the time.
         """
-        if self._foreign:
+        if self._is_foreign():
             return
         dropped = []
         keep = self._free() if cancel and start else 0
@@ -168,6 +173,8 @@ class Engine:
 
     def join(self) -> None:
         """Wait for the thread to end; does nothing on that thread itself."""
+        if self._is_foreign():
+            return
         with self._starting:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -176,29 +183,29 @@ class Engine:
 
     def forget(self, promise: Promise[Any]) -> bool:
         """Drop a call that was cancelled; True if it was pending, so that it is the caller's."""
-        if self._foreign or not self._backlog.remove(promise):
+        if self._is_foreign() or not self._backlog.remove(promise):
             return False
-        if self._wakeup is not None:
-            self._wakeup.ring()  # it may have been the last one, or the one that sleep_fn held up
+        self._look_around()  # it may have been the last one, or the one that sleep_fn held up
         return True
 
     def awaiting(self, target: object) -> ContextManager[None]:
         """Return the context in which to wait without a timeout for a promise, or for the end."""
-        return self._patience.awaiting(target, self._seek)
+        return self._patience.awaiting(target, self._look_around)
 
     def signal_workers(self, number: int) -> None:
         """Send a signal to each worker, also to one that is about to start."""
+        if self._is_foreign():
+            return
         self._signal = number
         with self._shared.reactor.lock:
             jobs = list(self._running)
         for job in jobs:
             job._send(number)
 
-    def _seek(self) -> bool:
+    def _look_around(self) -> None:
         wakeup = self._wakeup
         if wakeup is not None:
             wakeup.ring()
-        return bool(self._backlog)
 
     def counts(self) -> tuple[int, int]:
         """Return how many calls are pending and running."""
@@ -230,12 +237,13 @@ class Engine:
         reactor, wakeup = self._shared.reactor, self._wakeup
         assert wakeup is not None  # noqa: S101  # made before the thread
         head = self._backlog.head()
+        arm = (wakeup.fileno(), *self._patience.filenos())
         if head is not None and head.admitted:
             reactor.wait(
                 self._found,
                 None,
                 target=self._sink,
-                arm=(wakeup.fileno(), *reactor.slots.filenos()),
+                arm=(*arm, *reactor.slots.filenos()),
                 tick=_TICK,
                 on_tick=reactor.slots.sweep,
             )
@@ -243,7 +251,7 @@ class Engine:
             # An endless pause (inf) is slept in days, which epoll can count.
             alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
             tick = None if head is None else _TICK
-            reactor.wait(self._due, alarm, target=self._sink, arm=(wakeup.fileno(),), tick=tick)
+            reactor.wait(self._due, alarm, target=self._sink, arm=arm, tick=tick)
         return head is not None
 
     def _starve(self, error: OSError) -> None:
@@ -255,15 +263,17 @@ class Engine:
             self._backlog.fail(first, of_start(error))
 
     def _due(self) -> bool:
+        self._patience.listen()
         wakeup = self._wakeup
         if self._sink or (wakeup is not None and wakeup.rung):
             return True
         return self._shared.closed and bool(self._backlog)
 
     def _found(self) -> bool:
+        due = self._due()
         if self._backlog and not self._shared.closed:
             self._lease = self._shared.slots.try_take() or self._patience.lend()
-        return self._lease is not None or not self._backlog or self._cancelling or self._due()
+        return due or self._lease is not None or not self._backlog or self._cancelling
 
     def _turn(self, sought: bool) -> None:
         if self._wakeup is not None:
@@ -375,6 +385,8 @@ def _at_exit() -> None:
     """Let all executors finish before threads are joined, as the standard library does."""
     global _ended_in  # noqa: PLW0603
     _ended_in = os.getpid()
+    if _forking.stale():
+        return  # what there is is the parent's
     engines = list(_engines)
     for engine in engines:
         engine.stop()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
@@ -34,7 +35,8 @@ class Started(NamedTuple):
         """End a worker that nobody will track, and close what belongs to it."""
         _forking.close(self.channel)
         if self.pidfd >= 0:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # ended, and reaped by the zygote
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             self.exit_status()
             os.close(self.pidfd)
 

@@ -3,9 +3,18 @@
 """
 Waiting for an executor inside a job, without holding up what is waited for.
 
-The job may hold the only slot there is. So while a thread of it waits without a timeout, the
-executor may run its next call on the job's own slot, and the thread goes on when the job holds a
-slot again. With ``lend=True`` the slot goes into the pool for the time of the wait.
+The rules are those of ``_admission``, for a job some thread of which waits without a timeout for
+its executor:
+
+* It may hold the only slot there is. So the executor's next call runs on the job's own slot if it
+  finds no other; or with ``lend=True`` the slot goes into the pool for the time of the wait.
+* It hears its bell: somebody below starves. Then it puts its slot into the pool or, having none,
+  rings the next bell up; and it starves itself without a slot, with calls that want one, and with
+  none that runs on one.
+* When the wait is over the thread goes on as soon as the job holds a slot again. The slot of the
+  call that was waited for comes to the job directly.
+
+The executor's thread sees to all that, as it is the one that looks for slots.
 """
 
 from __future__ import annotations
@@ -24,87 +33,127 @@ class Patience:
     """
     Which promises of one executor are waited for without a timeout, in a job on its slots.
 
-    Methods that say so are called with the lock of the reactor held.
-
-    Args:
-        jobserver: The one that the executor runs on.
+    Guarded by the lock of the reactor; all but ``awaiting``, ``begin`` and ``end`` are called with
+    it held.
     """
 
     def __init__(self, jobserver: Jobserver) -> None:
-        self.jobserver = jobserver
-        self.shared = jobserver._shared
+        self._lends = jobserver._lend
+        self._shared = jobserver._shared
         self._counts: dict[object, int] = {}
+        self._rang = False  # the bell above, and has to take it back
+        self._passed_on = False  # nothing is left to do about one's own bell
 
-    def awaiting(self, target: object, seek: Callable[[], bool]) -> _Wait:
+    def awaiting(self, target: object, seek: Callable[[], None]) -> Wait:
         """
         Return the context in which to wait.
 
         Args:
             target: The promise that is waited for, or the executor.
-            seek: Has the executor look for a slot anew; says whether any call wants one.
+            seek: Has the executor's thread look around anew.
         """
-        return _Wait(self, target, seek)
-
-    def lend(self) -> Optional[Lease]:
-        """Take the job's own slot if somebody waits; call with the lock held."""
-        own = own_slot()
-        return own.lend() if self._counts and own.attach(self.shared.slots) else None
-
-    def started(self, promise: Promise[Any]) -> None:
-        """Have the slot of a running call come to this job if it is waited for; with the lock."""
-        if promise in self._counts and promise.job is not None:
-            self.shared.reactor.claimed.add(promise.job)
-
-    def ended(self, promise: Promise[Any]) -> None:
-        """Nobody needs to wait for ``promise`` any more; call with the lock held."""
-        self._counts.pop(promise, None)
-        if promise.job is not None:
-            self.shared.reactor.claimed.discard(promise.job)
+        return Wait(self, target, seek)
 
     def begin(self, target: object) -> bool:
-        """Note that a thread waits for ``target``; False where there is no slot to lend."""
-        with self.shared.reactor.lock:
+        """Note that a thread waits for ``target``; False outside of jobs on this pool."""
+        with self._shared.reactor.lock:
             own = own_slot()
-            if not own.attach(self.shared.slots):
+            if not own.attach(self._shared.slots):
                 return False
             self._counts[target] = self._counts.get(target, 0) + 1
             job = getattr(target, "job", None)
             if job is not None:
-                self.shared.reactor.claimed.add(job)
-            lease = own.lend() if self.jobserver._lend else None
-            if lease is not None:
-                lease.release()
+                self._shared.reactor.claimed.add(job)
+            if self._lends:
+                self._put_down()
         return True
 
-    def end(self, target: object) -> None:
-        """Note that a thread has stopped waiting; returns when the job holds a slot again."""
-        with self.shared.reactor.lock:
+    def end(self, target: object) -> bool:
+        """
+        Note that a thread has stopped waiting; returns when the job holds a slot again.
+
+        Returns:
+            Whether others still wait, who may have to lend it again.
+        """
+        reactor = self._shared.reactor
+        with reactor.lock:
             count = self._counts.pop(target, 0) - 1
+            job = getattr(target, "job", None)
             if count > 0:
                 self._counts[target] = count
-            job = getattr(target, "job", None)
-            if job is not None and count <= 0:
-                self.shared.reactor.claimed.discard(job)
-        self.shared.admission.regain()
+            elif job is not None:
+                reactor.claimed.discard(job)
+            if not self._counts:
+                self._hush()
+        self._shared.admission.regain()
+        return bool(self._counts)
+
+    def started(self, promise: Promise[Any]) -> None:
+        """A call is running now: if it is waited for, its slot is to come to this job."""
+        if promise in self._counts and promise.job is not None:
+            self._shared.reactor.claimed.add(promise.job)
+
+    def ended(self, promise: Promise[Any]) -> None:
+        """A call has ended: nobody needs to wait for it any more."""
+        self._counts.pop(promise, None)
+        if promise.job is not None:
+            self._shared.reactor.claimed.discard(promise.job)
+
+    def lend(self) -> Optional[Lease]:
+        """There is no free slot for a call: return the job's own if it may have that."""
+        own = own_slot()
+        if not self._counts or not own.attach(self._shared.slots):
+            return None
+        lease = own.lend_to_child()
+        if lease is None and not self._shared.reactor.lends_below():
+            self._ring()
+        return lease
+
+    def listen(self) -> None:
+        """If somebody below starves, help or pass it on."""
+        own = own_slot()
+        if self._counts and own.attach(self._shared.slots) and own.heard():
+            if own.lease is not None:
+                self._put_down()
+            else:
+                self._passed_on = True
+                self._ring()
+
+    def filenos(self) -> tuple[int, ...]:
+        """Return the descriptor that is readable when ``listen`` has something to do."""
+        own = own_slot()
+        idle = not self._counts or (self._passed_on and own.lease is None)
+        return () if idle or own.bell() < 0 else (own.bell(),)
+
+    def _put_down(self) -> None:
+        lease = own_slot().lend()
+        if lease is not None:
+            lease.release()
+
+    def _ring(self) -> None:
+        self._rang = self._rang or own_slot().ring()
+
+    def _hush(self) -> None:
+        self._passed_on = False
+        if self._rang:
+            self._rang = False
+            own_slot().hush()
 
 
-class _Wait:
+class Wait:
     """The time in which a thread waits."""
 
-    def __init__(self, patience: Patience, target: object, seek: Callable[[], bool]) -> None:
+    def __init__(self, patience: Patience, target: object, seek: Callable[[], None]) -> None:
         self._patience = patience
         self._target = target
         self._seek = seek
-        self._begun = self._rang = False
+        self._begun = False
 
     def __enter__(self) -> None:
         self._begun = self._patience.begin(self._target)
-        if self._begun and self._seek():
-            # A job without a slot asks those above it, who may be waiting with one.
-            self._rang = own_slot().ring()
+        if self._begun:
+            self._seek()
 
     def __exit__(self, *exc: object) -> None:
-        if self._rang:
-            own_slot().hush()
-        if self._begun:
-            self._patience.end(self._target)
+        if self._begun and self._patience.end(self._target):
+            self._seek()

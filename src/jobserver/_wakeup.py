@@ -32,7 +32,8 @@ class Wakeup:
             reactor._poller()  # so that the thread need not find a descriptor for it
         with _forking.books_lock():
             self._fd = new_fifo(1)
-            _forking.track(self)
+            _forking.owned.add(self._fd)
+            _forking.track(self, at_leisure=True)
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -62,12 +63,10 @@ class Wakeup:
             self.rung = False
         if fd >= 0:
             self._reactor.disarm(fd)
-            os.close(fd)
+            _forking.close(fd)
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
-        """The thread is the parent's."""
+        """The thread is the parent's, and the descriptor is closed already."""
         self._lock = threading.RLock()
-        fd, self._fd = self._fd, -1
+        self._fd = -1
         self.rung = False
-        if fd >= 0:
-            os.close(fd)
