@@ -304,7 +304,9 @@ print(json.dumps([refused, free(js), len(open_fds(zygote)) - before]))
 """,
     )
 
-    assert found == [4, 8, 0]
+    refused, free, surplus = found
+    assert (refused, free) == (4, 8)
+    assert surplus <= 0
 
 
 @pytest.mark.contract("S2")

@@ -106,14 +106,14 @@ class Admission:
             return lease is not None
 
         bell = _Bell(own)
+        # A job without a slot rings, but only once it has looked for one in vain.
+        rings = lends and not own.consumes
         try:
             while True:
                 issue_due(reactor)
-                if lends and not own.consumes:
-                    bell.ring()
                 if reactor.wait(
                     test,
-                    deadline,
+                    time.monotonic() if rings else deadline,
                     arm=slots.filenos(),
                     tick=_TICK,
                     on_tick=slots.sweep,
@@ -122,6 +122,9 @@ class Admission:
                         return taken.pop()
                     if over():
                         return None
+                elif rings:
+                    rings = False
+                    bell.ring()
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
         finally:
@@ -222,7 +225,9 @@ class Admission:
         with reactor.lock:
             if test():
                 return
-            claimed = set(reactor.running) if future is None else {future}
+            # Of several children the first to end must not bring us a slot to wait on with.
+            last = set(reactor.running) if len(reactor.running) == 1 else set()
+            claimed = last if future is None else {future}
             reactor.claimed |= claimed
             mine = own.lend()
             if mine is not None:

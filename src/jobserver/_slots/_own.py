@@ -86,7 +86,11 @@ class OwnSlot:
     def lend_to_child(self) -> Optional[Lease]:
         """Give the lease away, in a berth that is shared with nobody."""
         lease = self.lend()
-        return None if lease is None else lease.relocated()
+        try:
+            return None if lease is None else lease.relocated()
+        except BaseException:
+            self.lease = lease  # no descriptor left: not lent
+            raise
 
     def returned(self) -> bool:
         """At the end of the job: return a slot that is not the first one, and say whether so."""
