@@ -3,7 +3,8 @@
 """Job functions and utilities that the tests share.
 
 Everything that travels to a worker is a module-level function or a picklable class, so that the
-same case runs under fork, spawn and forkserver.
+same case runs under fork, spawn and forkserver. Every worker imports this, so what only tests need
+is imported late.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
-import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 METHODS = ("fork", "spawn", "forkserver")
 
@@ -54,7 +54,7 @@ class Gate:
     def enter(self) -> int:
         """Announce this process, stay until the gate is open, return this process's id."""
         pid = os.getpid()
-        Path(self.directory, f"in.{pid}").touch()
+        touch(os.path.join(self.directory, f"in.{pid}"))
         wait_until(self.is_open, "the gate to open")
         return pid
 
@@ -158,8 +158,8 @@ def program_environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS")}
     import jobserver
 
-    source = str(Path(jobserver.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join([source, str(Path(__file__).parent)])
+    source = os.path.dirname(os.path.dirname(jobserver.__file__))
+    environment["PYTHONPATH"] = os.pathsep.join([source, os.path.dirname(__file__)])
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
@@ -173,6 +173,8 @@ def run_program(
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run this interpreter with arguments in a session of its own; kill all of it when late."""
+    import subprocess
+
     with started_program(arguments, stdin=stdin is not None, cwd=cwd, env=env) as process:
         out, err = process.communicate(stdin, timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -187,6 +189,8 @@ def started_program(
     env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """Start this interpreter in a session of its own; at the end nothing of it is left."""
+    import subprocess
+
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
@@ -217,6 +221,8 @@ def started_program(
 
 def chain_text(error: BaseException) -> str:
     """An exception with all its causes, as a traceback would show it."""
+    import traceback
+
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 
@@ -310,7 +316,8 @@ def pid() -> int:
 
 def touch(path: str) -> None:
     """Leave a file behind, as proof of having run."""
-    Path(path).touch()
+    with open(path, "a"):
+        pass
 
 
 def append(path: str, line: str) -> None:

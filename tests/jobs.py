@@ -11,23 +11,23 @@ import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
-import random
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import METHODS, PATIENCE, add, append, getenv, identity, touch, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from helpers import Gate
 
-    from jobserver import Jobserver  # preexec_fn and sleep_fn
+    from jobserver import Jobserver
+
+# preexec_fn
 
 
 class Appender:
@@ -223,12 +223,16 @@ def note_in(path: str) -> int:
 
 def environment_of_a_program() -> str:
     """What a program that the job starts sees."""
+    import subprocess
+
     command = [sys.executable, "-c", "import os; print(os.environ.get('JOBSERVER_T'))"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def random_number() -> float:
     """A number from the module's shared generator."""
+    import random
+
     return random.random()
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import touch, wait_until
@@ -72,7 +70,8 @@ def grandchild(gate: Gate, path: str, answer: str) -> str:
         finally:
             os._exit(0)
     gate.await_entered(1)
-    Path(path).write_text(str(child))
+    with open(path, "w") as stream:
+        stream.write(str(child))
     if answer == "die":
         os._exit(23)
     return answer
@@ -105,6 +104,8 @@ def change_directory(path: str) -> str:
 
 def change_much(path: str) -> None:
     """Change what belongs to the process."""
+    import socket
+
     os.chdir(path)
     os.umask(0o177)
     os.nice(3)
@@ -118,6 +119,8 @@ def change_much(path: str) -> None:
 
 def look_around() -> list[Any]:
     """What change_much changes."""
+    import socket
+
     mask = os.umask(0)
     os.umask(mask)
     return [

@@ -53,7 +53,7 @@ RULES = {
     "lend in a berth of its own": ("_slots._lease.Lease.relocated", "self.section.relocate("),
     "ring if there is nothing to lend": (
         "_admission.Admission.take",
-        "if lends and not own.consumes: bell.ring()",
+        "rings = lends and not own.consumes",
     ),
     "hush when it is over": ("_admission.Admission.take", "bell.hush()"),
     "ring the nearest job with a slot": (

@@ -37,8 +37,13 @@ from helpers import (
     wait_until,
 )
 from jobs import divide_deeply, fail_from_cause
-from jobs_results import ExitsWhenUnpickled, RaisesWhenPickled, RaisesWhenUnpickled, SoftExitWhenUnpickled
 from jobs_ending import exec_program
+from jobs_results import (
+    ExitsWhenUnpickled,
+    RaisesWhenPickled,
+    RaisesWhenUnpickled,
+    SoftExitWhenUnpickled,
+)
 
 from jobserver import Jobserver, JobserverExecutor, SubmissionDied
 

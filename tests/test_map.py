@@ -119,6 +119,15 @@ def test_lengths_of_generators_must_agree() -> None:
 
 
 @pytest.mark.contract("M4", "M7")
+def test_known_lengths_must_agree_at_once() -> None:
+    """With a buffersize, too, lengths that can be asked for are compared at the call."""
+    js = Jobserver("fork", 1)
+
+    with pytest.raises(ValueError):
+        js.map(identity, [(1,)], [{}, {}], buffersize=1)
+
+
+@pytest.mark.contract("M4", "M7")
 def test_lengths_of_lazy_inputs_must_agree() -> None:
     """With a buffersize the mismatch shows when the shorter input ends."""
     js = Jobserver("fork", 1)
