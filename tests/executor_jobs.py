@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -53,10 +54,14 @@ def executor_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "JobserverExecutor"]
 
 
+def _taken(future: StdFuture[Any]) -> bool:
+    return not _pending(future)
+
+
 def await_running(*futures: StdFuture[Any]) -> None:
     """Wait until a slot has been taken for each."""
     for future in futures:
-        wait_until(lambda future=future: not _pending(future), "a slot to be taken")
+        wait_until(functools.partial(_taken, future), "a slot to be taken")
 
 
 def _pending(future: StdFuture[Any]) -> bool:

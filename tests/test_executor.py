@@ -92,7 +92,8 @@ def test_one_thread_when_many_submit_first() -> None:
     with JobserverExecutor(2, "fork") as executor:
 
         def work() -> int:
-            return executor.submit(identity, 1).result(PATIENCE)
+            value: int = executor.submit(identity, 1).result(PATIENCE)
+            return value
 
         assert in_threads(*[work] * 8) == [1] * 8
         assert len(executor_threads()) == 1
@@ -176,7 +177,7 @@ def test_count_of_wrong_type(count: Any) -> None:
 def test_context(method: str) -> None:
     """mp_context may be a multiprocessing context, or its name."""
     for context in (method, multiprocessing.get_context(method)):
-        with JobserverExecutor(1, context) as executor:  # type: ignore[arg-type]
+        with JobserverExecutor(1, context) as executor:
             assert executor.submit(name_of_worker).result(PATIENCE) == "Jobserver-worker"
             assert f"Jobserver({method!r}" in repr(executor)
     with pytest.raises(ValueError):

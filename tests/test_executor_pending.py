@@ -84,7 +84,7 @@ def test_waiters_hear_of_a_cancellation_at_once(ask: object, gate: Gate) -> None
             return set(as_completed([before, meanwhile], PATIENCE))
 
         def cancelling() -> bool:
-            wait_until(lambda: meanwhile._waiters, "the other thread to wait")  # type: ignore[attr-defined]
+            wait_until(lambda: meanwhile._waiters, "the other thread to wait")
             return meanwhile.cancel()
 
         assert in_threads(waiting, cancelling) == [{before, meanwhile}, True]
