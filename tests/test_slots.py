@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import pytest
 from helpers import process_state, wait_until
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jobserver import _forking
 from jobserver._slots._lease import Lease
 from jobserver._slots._pool import SlotPool
+from jobserver._slots._section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,6 +150,44 @@ def test_reclaim(pool: SlotPool) -> None:
     lease.abandon()
     moved.release()
     assert pool.free() == SLOTS
+
+
+def test_token_that_comes_back_meanwhile_gets_a_berth() -> None:
+    """A token that is put back while somebody looks for one is not taken without a berth."""
+    pool = SlotPool.create(1)
+    lease = take(pool)
+    section = pool.sections[0]
+
+    class Late(Section):
+        def take(self) -> Optional[tuple[int, int]]:
+            found = super().take()
+            lease.release()
+            return found
+
+    pool.sections = [Late(section.pipe, section.berths)]
+    lease.section = pool.sections[0]
+    other = take(pool)
+    assert other.fileno() >= 0
+    other.release()
+    pool.close()
+
+
+def test_crowd_at_one_slot() -> None:
+    """However many try at once, whoever gets a token gets a berth for it: there are enough."""
+    pool = SlotPool.create(1)
+
+    def work() -> None:
+        for _ in range(400):
+            lease = pool.try_take()
+            if lease is not None:
+                assert lease.fileno() >= 0
+                lease = lease.relocated()
+                lease.release()
+
+    workers = [in_child(work) for _ in range(24)]
+    assert [reap(pid) for pid in workers] == [0] * 24
+    assert pool.free() == 1
+    pool.close()
 
 
 def test_sweep_leaves_the_living(pool: SlotPool) -> None:

@@ -238,7 +238,9 @@ class Reactor:
         if future._sink is not None:
             future._sink.append(future)
         for sleeper in self._followers:
-            if sleeper.target is future or sleeper.target is future._sink:
+            target = sleeper.target
+            # Callbacks are for anybody who waits: the leader may be where it must issue none.
+            if future._callbacks or target is None or target is future or target is future._sink:
                 sleeper.wake()
 
     def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:

@@ -22,7 +22,7 @@ from jobserver import _forking
 
 from ._lease import Lease
 from ._makeflags import Outer
-from ._section import Section, new_fifo, ring_of, write_all
+from ._section import PATIENCE, Section, new_fifo, ring_of, write_all
 from ._splice import waiting_bytes
 
 # What an unprivileged process may make a ring of pages, less one that partly read bytes may take.
@@ -106,17 +106,23 @@ class SlotPool:
             OSError: No descriptor is left for the lease.
         """
         for section in self.sections:
-            with _forking.books_lock():  # no fork between the opening and the noting
-                taken = section.take()
-                if taken is not None:
-                    fd, berth = taken
-                    return Lease(self, fd, berth, section)
-            if waiting_bytes(section.pipe):
-                # Every berth is taken: the pool has fewer of them than slots.
+            for patience in range(PATIENCE, -1, -1):
+                with _forking.books_lock():  # no fork between the opening and the noting
+                    taken = section.take()
+                    if taken is not None:
+                        fd, berth = taken
+                        return Lease(self, fd, berth, section)
+                # Looked at again, as a token may have come back just now: one that is free is not
+                # a reason to do without a berth, but that every berth has a token in it is.
+                if not waiting_bytes(section.pipe):
+                    break
+                if patience and not section.full():
+                    os.sched_yield()  # others are about to find that they came too late
+                    continue
                 try:
                     token = os.read(section.pipe, 1)
                 except BlockingIOError:
-                    continue
+                    break
                 return Lease(self, -1, -1, section, token)
         return None
 

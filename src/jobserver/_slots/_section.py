@@ -24,6 +24,10 @@ OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 F_SETPIPE_SZ = 1031
 _F_GETPIPE_SZ = 1032
 PAGE = os.sysconf("SC_PAGESIZE")
+# How often to look for a berth that is neither in use nor being tried by somebody else: for longer
+# than a crowd of waiters takes to see that one token is one, and not for ever, as a process may
+# have been stopped with its hand on one.
+PATIENCE = 1000
 
 
 class Section:
@@ -50,11 +54,16 @@ class Section:
 
         Whoever shares the first berth's lock so has no part in the second's.
         """
-        moved = self._move_in(parked)
-        if moved is not None:
-            # SIGKILL here: a locked berth without a token, which its other holder lets go.
-            fcntl.flock(parked, fcntl.LOCK_UN)
-        return moved
+        for _patience in range(PATIENCE):
+            moved = self._move_in(parked)
+            if moved is not None:
+                # SIGKILL here: a locked berth without a token, which its other holder lets go.
+                fcntl.flock(parked, fcntl.LOCK_UN)
+                return moved
+            if self.full():
+                break
+            os.sched_yield()
+        return None
 
     def _move_in(self, source: int) -> Optional[tuple[int, int]]:
         """Move a token from ``source`` into a free berth; returns its descriptor and number."""
@@ -83,6 +92,10 @@ class Section:
                 if fd >= 0:
                     os.close(fd)
         return None
+
+    def full(self) -> bool:
+        """Say whether a token lies in every berth."""
+        return all(waiting_bytes(berth) for berth in self.berths)
 
     def sweep(self) -> int:
         """Put the tokens of dead holders back; returns how many."""
