@@ -37,12 +37,19 @@ _FAILED = pytest.StashKey[bool]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --slow, for tests that need minutes or gigabytes."""
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--warm", action="store_true", help="let workers run any number of jobs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks that these tests use."""
     config.addinivalue_line("markers", "contract(*ids): clauses of docs/contract.md guarded")
     config.addinivalue_line("markers", "slow: needs minutes or gigabytes; run with --slow")
+    if config.getoption("--warm"):
+        from jobserver import Jobserver
+
+        defaults = Jobserver.__init__.__kwdefaults__
+        assert defaults is not None
+        defaults["max_tasks_per_child"] = None
     # Python 3.12 and later warn about each fork of a process with threads. Forking with threads
     # is what several tests are about.
     config.addinivalue_line(

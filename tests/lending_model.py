@@ -40,7 +40,7 @@ ALL = -2  # a process that waits for all its children, at its end
 
 #: Rule -> (module and function, a line of it), for the test that compares them with the source.
 RULES = {
-    "take a free token": ("_admission.Admission.take", "lease = slots.try_take()"),
+    "take a free token": ("_admission.Admission.take", "lease = crew.try_take()"),
     "lend if there is none, in map, too": (
         "_admission.Admission.take",
         "if lease is None and lends: lease = own.lend_to_child()",
@@ -87,7 +87,7 @@ RULES = {
     ),
     "wait for all at the end": ("_ending.finish_jobs", "wait_for_all()"),
     "return a slot that is not the first": ("_slots._own.OwnSlot.returned", "lease.release()"),
-    "answer last": ("_worker._main.Job._end", "send(self._channel, pieces)"),
+    "answer last": ("_worker._main.Worker._answer", "send(self._channel, pieces)"),
 }
 
 

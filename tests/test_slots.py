@@ -159,12 +159,12 @@ def test_token_that_comes_back_meanwhile_gets_a_berth() -> None:
     section = pool.sections[0]
 
     class Late(Section):
-        def take(self) -> Optional[tuple[int, int]]:
-            found = super().take()
+        def take(self, *, seat: bool = False) -> Optional[tuple[int, int]]:
+            found = super().take(seat=seat)
             lease.release()
             return found
 
-    pool.sections = [Late(section.pipe, section.berths)]
+    pool.sections = [Late(section.pipe, section.berths, 0)]
     lease.section = pool.sections[0]
     other = take(pool)
     assert other.fileno() >= 0

@@ -87,6 +87,7 @@ class Admission:
             CallbackRaised: A callback failed meanwhile; nothing is taken.
         """
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
+        crew = reactor.crew
         lends = deadline is None and own.attach(slots)
         taken: list[Lease] = []
 
@@ -98,9 +99,11 @@ class Admission:
             # Callbacks first: the slot that has come back is theirs to submit on.
             if self._callbacks_due() or over():
                 return True
-            lease = slots.try_take()
+            lease = crew.try_take()
             if lease is None and lends:
                 lease = own.lend_to_child()
+                if lease is not None:
+                    crew.take_for(lease)
             if lease is not None:
                 taken.append(lease)
             return lease is not None
@@ -136,13 +139,16 @@ class Admission:
 
     def give_back(self, lease: Lease) -> None:
         """Return what ``take`` has given: the job it was for could not be started."""
-        with self.reactor.lock:
+        reactor = self.reactor
+        if lease.worker is not None:
+            reactor.dismiss(lease)  # it may have heard part of the job
+        with reactor.lock:
             own = own_slot()
-            if own.lent and own.attach(self.reactor.slots):
+            if own.lent and own.attach(reactor.slots):
                 own.lease = lease
             else:
                 lease.release()
-            self.reactor.wake_seekers()
+            reactor.wake_seekers()
 
     def regain(self) -> None:
         """If this job has lent its slot, wait until it holds one again. Issues no callbacks."""

@@ -43,6 +43,15 @@ def check_slots(slots: int) -> int:
     return slots
 
 
+def check_tasks(tasks: Optional[int]) -> Optional[int]:
+    """Return ``tasks`` if it is None or an int >= 1."""
+    if isinstance(tasks, bool) or not isinstance(tasks, (int, type(None))):
+        raise TypeError(f"max_tasks_per_child must be an int or None, not {type(tasks).__name__}")
+    if tasks is not None and tasks < 1:
+        raise ValueError(f"max_tasks_per_child must be None or >= 1, not {tasks}")
+    return tasks
+
+
 def check_consume(consume: int) -> int:
     """Return ``consume`` if it is the int 0 or 1."""
     if type(consume) is not int or consume not in (0, 1):

@@ -18,6 +18,10 @@ from ._forking import stale
 from ._reactor import active_reactors
 
 
+# Workers at rest end as soon as they are told, unless they have been stopped.
+_LINGER = 1.0
+
+
 @atexit.register
 def finish_jobs() -> None:
     """Wait for all jobs that this process has submitted, and issue their callbacks."""
@@ -31,6 +35,9 @@ def finish_jobs() -> None:
                 break
             except CallbackRaised as raised:
                 warn_suppressed(raised)
+        if reactor.crew:
+            reactor.dissolve()
+            reactor.reap_lingering(_LINGER)
 
 
 def warn_suppressed(raised: CallbackRaised) -> None:

@@ -312,7 +312,7 @@ class Engine:
     def _task(self, call: Call) -> Task:
         js = self.jobserver
         if self._initializer is not None:
-            return Task(self._initializer, tuple(call), {}, js._env, js._preexec_fn)
+            return Task(*call, js._env, js._preexec_fn, self._initializer)
         return Task(*call, js._env, js._preexec_fn)
 
     def _complete(self, job: Future[Any]) -> None:

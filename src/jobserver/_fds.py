@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ._wire import Buffer
 
 # The kernel takes at most 253 in one message (SCM_MAX_FD).
-_MOST = 250
+MOST = 250
 _COUNT = struct.Struct("<I")
 _IOV_MAX = 1024
 
@@ -24,7 +24,7 @@ def send_fds(sock: socket.socket, fds: Sequence[int]) -> None:
     rest = list(fds)
     data = _COUNT.pack(len(rest))
     while data or rest:
-        now, rest = rest[:_MOST], rest[_MOST:]
+        now, rest = rest[:MOST], rest[MOST:]
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", now))] if now else []
         while True:
             try:
@@ -33,6 +33,42 @@ def send_fds(sock: socket.socket, fds: Sequence[int]) -> None:
             except BlockingIOError:
                 _writable(sock)
         data = data[sent:]
+
+
+def send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer]) -> None:
+    """Send what ``send_fds`` and then ``send_all`` would, in one system call if possible."""
+    if len(fds) > MOST:
+        send_fds(sock, fds)
+        send_all(sock, pieces)
+        return
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    head = _COUNT.pack(len(fds))
+    if len(pieces) == 1:
+        head += pieces[0]
+        pieces = ()
+    while True:
+        try:
+            sent = sock.sendmsg([head, *pieces[: _IOV_MAX - 1]], ancillary, socket.MSG_NOSIGNAL)
+            break
+        except BlockingIOError:
+            _writable(sock)
+    if sent < len(head):
+        send_all(sock, [memoryview(head)[sent:], *pieces])
+    elif pieces:
+        send_all(sock, _after(pieces, sent - len(head)))
+
+
+def _after(pieces: Sequence[Buffer], sent: int) -> list[Buffer]:
+    """Return what is left of ``pieces`` after so many bytes."""
+    rest: list[Buffer] = []
+    for piece in pieces:
+        size = memoryview(piece).nbytes
+        if sent >= size:
+            sent -= size
+            continue
+        rest.append(memoryview(piece).cast("B")[sent:])
+        sent = 0
+    return rest
 
 
 def receive_fds(sock: socket.socket) -> list[int]:
@@ -48,7 +84,7 @@ def receive_fds(sock: socket.socket) -> list[int]:
 
 
 def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
-    data, ancillary, _flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(_MOST * 4))
+    data, ancillary, _flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4))
     fds += fds_of(ancillary)
     if not data:
         raise EOFError

@@ -45,6 +45,8 @@ class Jobserver:
         preexec_fn: Default for every submission, see ``submit``.
         sleep_fn: Default for every submission, see ``submit``.
         lend: With True, a job lends its slot also while it waits for its children.
+        max_tasks_per_child: How many jobs a worker process runs at most: 1 for a fresh process for
+            each job, None for any number, one after the other ("warm" workers).
 
     Raises:
         TypeError, ValueError: A malformed argument.
@@ -60,9 +62,10 @@ class Jobserver:
         preexec_fn: Optional[PreexecFn] = None,
         sleep_fn: Optional[SleepFn] = None,
         lend: bool = False,
+        max_tasks_per_child: Optional[int] = 1,
     ) -> None:
         self._set_defaults(check_env(env), preexec_fn, sleep_fn, lend)
-        self._bind(Shared.create(context, slots))
+        self._bind(Shared.create(context, slots, max_tasks_per_child))
 
     def _set_defaults(
         self,

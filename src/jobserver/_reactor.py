@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from . import _forking
+from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
 from ._signals import Deferred, deferred
@@ -53,8 +54,9 @@ _active: set[Reactor] = set()
 class Reactor:
     """Track the jobs that this process has submitted to ``slots``."""
 
-    def __init__(self, slots: SlotPool) -> None:
+    def __init__(self, slots: SlotPool, crew: Crew) -> None:
         self.slots = slots
+        self.crew = crew
         self.lock: threading.Lock = threading.Lock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
@@ -84,6 +86,48 @@ class Reactor:
             self._watch(flight.channel, flight)
             if flight.pidfd >= 0:
                 self._watch(flight.pidfd, flight)
+
+    def assign(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
+        """Track a job that has been sent to a worker that had run others; it may have ended."""
+        with self.lock:
+            lease.worker = None
+            flight.let_go()
+            seat, flight.seat, flight.known = flight.seat, None, lease
+            if seat is not None and seat is not lease:
+                seat.release()
+            flight.future = future
+            flight.lease = lease
+            self.running[future] = flight
+            if flight.settled:
+                self._settle(future, flight)
+                self.wake_seekers()
+                self._nudge_leader()
+
+    def dismiss(self, lease: Lease) -> None:
+        """Let the worker end that was in the hand of this thread, with ``lease``."""
+        with self.lock:
+            flight, lease.worker = lease.worker, None
+            if flight is not None:
+                flight.let_go()
+                if flight.seat is lease:
+                    flight.seat = None
+                self.crew.unseat(flight)
+                self._dismiss(flight)
+
+    def _dismiss(self, flight: Flight) -> None:
+        flight.close_channel()
+        if flight.pidfd >= 0 and not flight.lingers:
+            flight.lingers = True
+            self._lingering += 1
+
+    def dissolve(self) -> None:
+        """Let all workers at rest end."""
+        with self.lock:
+            self._dissolve()
+
+    def _dissolve(self) -> None:
+        for flight in self.crew.dissolve():
+            self._dismiss(flight)
 
     def reap(self) -> None:
         """Take note of all that has ended, without waiting."""
@@ -203,8 +247,11 @@ class Reactor:
                 flight.on_channel()
             elif fd == flight.pidfd:
                 flight.on_exit()
-                self._lingering -= flight.future is None
-            if flight.settled and flight.future is not None:
+                self._lingering -= flight.lingers
+            if flight.future is None:
+                if not flight.lingers and self.crew.leave(flight) and not flight.exited:
+                    self._dismiss(flight)
+            elif flight.settled:
                 self._settle(flight.future, flight)
                 settled = True
         if not self._watched:
@@ -225,11 +272,15 @@ class Reactor:
 
     def _settle(self, future: Future[Any], flight: Flight) -> None:
         flight.future = None
-        self._lingering += not flight.exited
         del self.running[future]
         lease, flight.lease = flight.lease, None
+        stays = flight.stays and not (flight.exited or flight.signalled or self.closed)
         if lease is not None:
-            self._slot_back(future, flight, lease)
+            lease = self._slot_back(future, flight, lease)
+        if not (stays and self.crew.rest(flight, lease)):
+            if lease is not None:
+                lease.release()
+            self._dismiss(flight)
         death = flight.death() if flight.frame is None else None
         future._outcome = Outcome(flight.frame, death)
         flight.frame = None
@@ -243,7 +294,8 @@ class Reactor:
             if future._callbacks or target is None or target is future or target is future._sink:
                 sleeper.wake()
 
-    def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
+    def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> Optional[Lease]:
+        """Return the lease if its token is there, and nobody here waits for it."""
         own = own_slot()
         frame = flight.frame
         mine = lease.reclaim() if frame is None else not frame.flags & RETURNED
@@ -253,7 +305,8 @@ class Reactor:
             own.lease = lease
             self.wake_seekers()
         else:
-            lease.release()
+            return lease
+        return None
 
     def lends_below(self) -> bool:
         """Say whether a child runs on a slot, which it will bring back."""
@@ -325,6 +378,7 @@ class Reactor:
         """If nobody will ever come by again, reap what is about to end, and let go."""
         if self._leading or self.running or not (self.closed or self._dropped):
             return
+        self._dissolve()
         end = time.monotonic() + _LAST_REAP
         while self._watched and time.monotonic() < end:
             self._handle(self._poller().poll(end - time.monotonic()))
@@ -334,6 +388,7 @@ class Reactor:
         """Take no more work; let go of all descriptors once the last job in flight has ended."""
         with self.lock:
             self.closed = True
+            self._dissolve()
             self._release()
             self._nudge_leader()
 
@@ -363,6 +418,7 @@ class Reactor:
             flight.forget()
         for future in self.running:
             future._foreign = True
+        self.crew.forget()
         self._nudge = -1
         self.lock = threading.Lock()
         self.ready = deque()

@@ -16,7 +16,8 @@ from typing import Any, Optional, Union
 from . import _forking
 from ._admission import Admission
 from ._callbacks import issuing
-from ._check import check_slots
+from ._check import check_slots, check_tasks
+from ._crew import Crew
 from ._ending import warn_suppressed
 from ._errors import CallbackRaised
 from ._flight import Started
@@ -29,6 +30,7 @@ from ._slots._lease import Lease
 from ._slots._makeflags import Unusable, open_outer
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
+from ._worker._stay import IDLE, Stays
 from ._worker._task import Task
 
 # How long closing waits for processes that have answered to be gone: they end by themselves.
@@ -42,12 +44,13 @@ _by_key: weakref.WeakValueDictionary[tuple[int, int], Shared] = weakref.WeakValu
 class Shared:
     """Slots, what is in flight on them, and how to start more; one for each pool and process."""
 
-    def __init__(self, slots: SlotPool, context: BaseContext) -> None:
+    def __init__(self, slots: SlotPool, context: BaseContext, tasks: Optional[int]) -> None:
         self.slots = slots
         self.context = context
+        self.tasks = tasks
         self.method: str = context.get_start_method()
         self.launcher: Launcher = launcher_for(self.method)
-        self.reactor = Reactor(slots)
+        self.reactor = Reactor(slots, Crew(slots, tasks))
         self.admission = Admission(self.reactor)
         self._canary: Optional[weakref.ref[Canary]] = None
         self._entered = 0
@@ -56,16 +59,18 @@ class Shared:
         _forking.track(self, at_leisure=True)
 
     @classmethod
-    def create(cls, context: Context, slots: Optional[int]) -> Shared:
+    def create(cls, context: Context, slots: Optional[int], tasks: Optional[int]) -> Shared:
         """Make a pool of its own."""
         _forking.settle()
         found = resolve_context(context)
         if slots is not None:
             check_slots(slots)
+        check_tasks(tasks)
         for reactor in active_reactors():
             reactor.reap()  # also those that nobody will ask any more
-        pool = default_pool() if slots is None else SlotPool.create(slots)
-        return cls(pool, found)
+        warm = tasks != 1
+        pool = default_pool(warm=warm) if slots is None else SlotPool.create(slots, warm=warm)
+        return cls(pool, found, tasks)
 
     @property
     def closed(self) -> bool:
@@ -100,6 +105,7 @@ class Shared:
             self._entered = max(0, self._entered - 1)
         if last:
             self.drain_callbacks()
+            self.reactor.dissolve()
             self.reactor.reap_lingering(_LINGER)
             self.reactor.close()
 
@@ -130,8 +136,10 @@ class Shared:
             prepared = self.launcher.prepare(task)
             seat = seat_for(self.slots, lease, own_slot())
             with deferred() as signals:
-                started = self.launcher.launch(prepared, seat)
-                self._track(future, prepared, seat, started, lease, signals)
+                if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
+                    stays = self._stays(lease)
+                    started = self.launcher.launch(prepared, seat, stays)
+                    self._track(future, prepared, seat, started, lease, signals)
         except BaseException:
             if lease is not None:
                 self.admission.give_back(lease)
@@ -140,6 +148,27 @@ class Shared:
         if lent and sink is None:
             self.admission.regain()
         return future
+
+    def _hand_over(
+        self, future: Future[Any], prepared: Any, seat: Seat, lease: Lease, signals: Deferred
+    ) -> bool:
+        """Give the job to the worker at rest that ``lease`` leads to; False if that cannot be."""
+        worker = lease.worker
+        if worker is None:
+            return False
+        with signals.lifted():  # large arguments may take their time
+            done = self.launcher.hand_over(prepared, seat, worker, fresh=worker.known is not lease)
+        if done:
+            self.reactor.assign(future, worker, lease)
+        else:
+            self.reactor.dismiss(lease)
+        return done
+
+    def _stays(self, lease: Optional[Lease]) -> Optional[Stays]:
+        """Return how long a worker may stay that is started on ``lease``; None for one job."""
+        if self.tasks == 1 or lease is None or not lease.seated:
+            return None
+        return Stays(self.tasks, IDLE)
 
     def _track(
         self,
@@ -173,7 +202,7 @@ class Shared:
                 "a Jobserver can be pickled only as an argument of a job (or of a"
                 " multiprocessing.Process): its slots are open descriptors of this process"
             )
-        return _rebuild, (self.slots, self.method, self.slots.key, self.closed)
+        return _rebuild, (self.slots, self.method, self.tasks, self.slots.key, self.closed)
 
 
 class Canary:
@@ -199,10 +228,12 @@ class Canary:
         reactor.drop()
 
 
-def _rebuild(slots: SlotPool, method: str, key: tuple[int, int], closed: bool) -> Shared:
+def _rebuild(
+    slots: SlotPool, method: str, tasks: Optional[int], key: tuple[int, int], closed: bool
+) -> Shared:
     shared = _by_key.get(key)
     if shared is None:
-        shared = Shared(slots, resolve_context(method))
+        shared = Shared(slots, resolve_context(method), tasks)
         own_slot().attach(slots)
     if closed:
         shared.reactor.close()
@@ -227,7 +258,7 @@ def resolve_context(context: Context) -> BaseContext:
     return multiprocessing.get_context(context)
 
 
-def default_pool() -> SlotPool:
+def default_pool(*, warm: bool) -> SlotPool:
     """Join the outer make's pool, if there is one; else make one as large as the CPUs allow."""
     try:
         outer = open_outer(os.environ.get("MAKEFLAGS", ""))
@@ -240,5 +271,5 @@ def default_pool() -> SlotPool:
         )
         outer = None
     if outer is not None:
-        return SlotPool.join(outer)
-    return SlotPool.create(len(os.sched_getaffinity(0)))
+        return SlotPool.join(outer, warm=warm)
+    return SlotPool.create(len(os.sched_getaffinity(0)), warm=warm)

@@ -29,6 +29,7 @@ TASK = 4  # the pickle is a job to run
 _KINDS = frozenset((RESULT, RAISED, DIED, TASK))
 
 RETURNED = 1  # flag: the worker has returned its slot by itself
+STAYS = 2  # flag: the worker waits for its next job
 
 _MAGIC = b"JsF1"
 _HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
@@ -163,15 +164,28 @@ class FrameReader:
                     raise EOFError
                 budget -= count
                 self.progress += count
-                if self._frame is not None and not self._targets:
-                    # Not kept: the reader may outlive what was read, which may be large.
-                    whole, self._frame = self._frame, None
+                whole = self._whole()
+                if whole is not None:
                     return whole
         except BlockingIOError:
             pass
         except ConnectionResetError:
             raise EOFError from None
         return None
+
+    def push(self, data: bytes) -> Optional[Frame]:
+        """Take what has been read from the channel already; like ``feed``."""
+        self.progress += len(data)
+        self._head += data
+        self._parse_head()
+        return self._whole()
+
+    def _whole(self) -> Optional[Frame]:
+        if self._frame is None or self._targets:
+            return None
+        # Not kept: the reader may outlive what was read, which may be large.
+        whole, self._frame = self._frame, None
+        return whole
 
     def _read(self, fd: int) -> int:
         if self._frame is not None:

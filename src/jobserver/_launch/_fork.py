@@ -10,17 +10,23 @@ child touches the cheaper it is: no Process object is started, no module loaded.
 from __future__ import annotations
 
 import os
+import socket
 from multiprocessing import util
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Optional
 
 from jobserver import _forking, _signals
 from jobserver._callbacks import start_afresh
-from jobserver._flight import Started, child_exit_status
+from jobserver._flight import Flight, Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
-from jobserver._worker._main import Job
+from jobserver._worker._main import Worker
+from jobserver._worker._next import Next
 from jobserver._worker._process import Identity, report
+from jobserver._worker._stay import Habitat, Stays, variables
 from jobserver._worker._task import Task
 
+from ._hand_over import hand_over
+from ._pickling import pickle_task
+from ._prep import watched
 from ._seat import Seat
 
 
@@ -31,22 +37,31 @@ class ForkLauncher:
         """Nothing to do: the child sees the parent's memory."""
         return task
 
-    def launch(self, prepared: Task, seat: Seat) -> Started:
+    def launch(self, prepared: Task, seat: Seat, stays: Optional[Stays]) -> Started:
         """Start a worker."""
         flush: Any = util
         flush._flush_std_streams()  # else what is buffered would be written twice
-        reader, writer = _forking.open_pipe()
+        if stays is None:
+            reader, writer = _forking.open_pipe()
+        else:
+            ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
+            reader, writer = ours.detach(), theirs.detach()
         parent = os.getpid()
         # All that the child can do without making, as what it writes to it must copy first.
         identity = Identity(parent)
         own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
-        job = Job(prepared.run, writer)
+        told = next_jobs = None
+        if stays is not None:
+            told = watched()
+            habitat = Habitat(variables(), told["dir"])
+            next_jobs = Next(writer, stays, habitat, seat.key, seat.place, seat.bell)
+        worker = Worker(writer, next_jobs)
         mask = _signals.outside()
         pid = -1
         try:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
-                _child(job, identity, own, mask)
+                _child(worker, prepared, identity, own, mask)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
@@ -63,10 +78,29 @@ class ForkLauncher:
         except BaseException:
             _forking.close(reader)
             raise
-        return Started(pid, pidfd, reader, lambda: child_exit_status(pidfd))
+        return Started(
+            pid,
+            pidfd,
+            reader,
+            lambda: child_exit_status(pidfd),
+            told,
+            stays,
+            seat.bell,
+            prepared.first,
+        )
 
     def deliver(self, prepared: Task, seat: Seat, started: Started) -> None:
         """Nothing to do: the worker was born with its task."""
+
+    def hand_over(self, prepared: Task, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
+        """Send the task to a worker that waits for one, if it can be pickled."""
+        if worker.first is not None and worker.first is prepared.first:
+            prepared = prepared._replace(first=None)
+        try:
+            pickled = pickle_task(prepared, "fork")
+        except TypeError:
+            return False  # a new worker is born with it, whatever it is
+        return hand_over(pickled, watched(), seat, worker, fresh=fresh)
 
 
 def open_pidfd(pid: int) -> int:
@@ -82,13 +116,15 @@ def open_pidfd(pid: int) -> int:
         raise
 
 
-def _child(job: Job, identity: Identity, own: OwnSlot, mask: Any) -> NoReturn:
+def _child(
+    worker: Worker, task: Task, identity: Identity, own: OwnSlot, mask: Any
+) -> NoReturn:
     try:
         start_afresh()
         run_on(own)
         identity.assume(forked=True)
         _signals.restore(mask)
-        job.work()
+        worker.work(task.run)
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called
         report(error)
     finally:

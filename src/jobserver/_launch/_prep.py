@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 from multiprocessing import process, util
-from typing import Any
+from typing import Any, Optional
 
 from jobserver._errors import Unguarded
 
@@ -43,6 +43,39 @@ def surroundings() -> dict[str, Any]:
         "environ": dict(os.environ),
         "authkey": bytes(process.current_process().authkey),
     }
+
+
+class _Watched:
+    """The surroundings, and what tells cheaply whether they are still the same."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, Any] = {}
+        self._signs: Any = None
+
+    def look(self) -> dict[str, Any]:
+        signs = _signs()
+        if signs != self._signs:
+            # Copies: the originals may be changed in place.
+            self._signs = tuple(sign.copy() if hasattr(sign, "copy") else sign for sign in signs)
+            self.now = surroundings()
+        return self.now
+
+
+def _signs() -> tuple[Any, ...]:
+    environ: Any = os.environ
+    try:
+        here: Optional[str] = os.getcwd()
+    except OSError:
+        here = None
+    return environ._data, sys.path, sys.argv, here, process.current_process().authkey
+
+
+_watched = _Watched()
+
+
+def watched() -> dict[str, Any]:
+    """Return ``surroundings()``: the very same object for as long as nothing has changed."""
+    return _watched.look()
 
 
 def foundations() -> dict[str, Any]:

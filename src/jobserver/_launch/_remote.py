@@ -8,27 +8,35 @@ import os
 import pickle
 import socket
 from multiprocessing import resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from jobserver import _forking
 from jobserver._fds import send_all, send_fds
-from jobserver._flight import Started, child_exit_status
+from jobserver._flight import Flight, Started, child_exit_status
 from jobserver._wire import TASK, encode
+from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
 
 from . import _zygote
 from ._command import start_interpreter
 from ._fork import open_pidfd
+from ._hand_over import hand_over
 from ._pickling import Pickled, pickle_task
-from ._prep import changes, foundations, refuse_while_importing, surroundings
+from ._prep import changes, foundations, refuse_while_importing, watched
 from ._seat import Seat
 
 
 class Prepared(NamedTuple):
     """A task that is ready to be sent."""
 
+    task: Task
     pickled: Pickled
     surroundings: dict[str, Any]
+
+    @property
+    def first(self) -> Optional[object]:
+        """What a worker is to run before its first job."""
+        return self.task.first
 
 
 class RemoteLauncher:
@@ -40,9 +48,9 @@ class RemoteLauncher:
     def prepare(self, task: Task) -> Prepared:
         """Pickle the task."""
         refuse_while_importing()
-        return Prepared(pickle_task(task, self._method), surroundings())
+        return Prepared(task, pickle_task(task, self._method), watched())
 
-    def launch(self, prepared: Prepared, seat: Seat) -> Started:  # noqa: ARG002
+    def launch(self, prepared: Prepared, seat: Seat, stays: Optional[Stays]) -> Started:
         """Start a worker, which then waits for ``deliver``."""
         ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
         try:
@@ -57,7 +65,11 @@ class RemoteLauncher:
             _forking.close_socket(theirs)
         ours.setblocking(False)
         ours.detach()
-        return started
+        if stays is None:
+            return started
+        return started._replace(
+            told=prepared.surroundings, stays=stays, bell=seat.bell, first=prepared.first
+        )
 
     def deliver(self, prepared: Prepared, seat: Seat, started: Started) -> None:
         """Send the task. A worker that is gone already is the reactor's to find out."""
@@ -72,6 +84,7 @@ class RemoteLauncher:
         seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
         told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)
         told["parent_pid"] = os.getpid()
+        told["stays"] = started.stays
         frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload)
         sock = socket.socket(fileno=os.dup(started.channel))
         try:
@@ -80,6 +93,13 @@ class RemoteLauncher:
                 send_all(sock, frame)
         except (BrokenPipeError, ConnectionResetError):
             return
+
+    def hand_over(self, prepared: Prepared, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
+        """Send the task to a worker that waits for one."""
+        pickled = prepared.pickled
+        if worker.first is not None and worker.first is prepared.first:
+            pickled = pickle_task(prepared.task._replace(first=None), self._method)
+        return hand_over(pickled, prepared.surroundings, seat, worker, fresh=fresh)
 
 
 def _spawn(theirs: socket.socket, ours: socket.socket) -> Started:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobserver._forking import books_lock, epoch
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Lease:
     """A token taken out of a pool; made by ``SlotPool.try_take`` and ``SlotPool.adopt`` only."""
 
-    __slots__ = ("_epoch", "_fd", "_token", "berth", "pool", "section")
+    __slots__ = ("_epoch", "_fd", "_token", "berth", "pool", "section", "worker")
 
     def __init__(
         self, pool: SlotPool, fd: int, berth: int, section: Section, token: bytes = b""
@@ -42,6 +42,8 @@ class Lease:
         self.pool: SlotPool = pool
         self.section: Section = section
         self.berth: int = berth
+        # Who is to run on it: a worker that has run other jobs, if any (a Flight).
+        self.worker: Any = None
         self._fd = fd
         self._token = token
         self._epoch = epoch()
@@ -69,6 +71,24 @@ class Lease:
             finally:
                 os.close(fd)
 
+    @property
+    def seated(self) -> bool:
+        """Whether its berth may be kept, locked, when the token has gone back."""
+        return self._fd >= 0 and self.berth < self.section.seats
+
+    def drain(self) -> bool:
+        """
+        Put the token back, and keep the berth locked for the next one.
+
+        SIGKILL before the move: whoever shares the lock holds the slot on, and then it is swept.
+        SIGKILL after it: an empty berth becomes unlocked.
+        """
+        return self.section.drain(self._fd)
+
+    def refill(self) -> bool:
+        """Take a free token into the berth that was kept; False if there is none."""
+        return self.section.refill(self._fd)
+
     def abandon(self) -> None:
         """Let go without moving the token: whoever else shares the lock holds the slot on."""
         self._token = b""
@@ -95,6 +115,11 @@ class Lease:
             lease = Lease(self.pool, fd, berth, self.section)
             os.close(self._let_go())
             return lease
+
+    def leave(self) -> int:
+        """Give the descriptor away, with lock and token; the object is spent."""
+        self._token = b""
+        return self._let_go()
 
     def reclaim(self) -> bool:
         """

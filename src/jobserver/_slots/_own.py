@@ -100,6 +100,20 @@ class OwnSlot:
             self.lease.release()
         return True
 
+    def leave(self) -> int:
+        """
+        At the end of a job in a worker that stays: let go of all that was for this job alone.
+
+        Returns:
+            The descriptor of the lease it came with; -1 if its slot was returned.
+        """
+        bell, self._inner_bell = self._inner_bell, -1
+        if bell >= 0:
+            os.close(bell)
+        if self._first is None:
+            return self._fd
+        return self._first.leave() if self.lease is self._first else -1
+
     def bell_for_child(self) -> int:
         """Return the bell that a child is to ring, -1 for none."""
         if not self.consumes:

@@ -31,6 +31,8 @@ _LARGEST = 255
 # second try; beyond it descriptors are the scarcer good.
 _AMPLE = 64
 _MARGIN = 8
+# Berths beyond the number of tokens, as those that are being tried cannot be had meanwhile.
+_SPARE = 4
 
 
 class SlotPool:
@@ -44,8 +46,8 @@ class SlotPool:
         _forking.track(self)
 
     @classmethod
-    def create(cls, slots: int) -> SlotPool:
-        """Make a new pool of ``slots`` free tokens."""
+    def create(cls, slots: int, *, warm: bool = False) -> SlotPool:
+        """Make a new pool of ``slots`` free tokens; with seats for idle workers if ``warm``."""
         sections: list[Section] = []
         opened: list[int] = []
         budget = _budget()
@@ -53,11 +55,14 @@ class SlotPool:
             rest = slots
             while rest:
                 size = min(rest, _LARGEST)
-                opened.append(new_fifo(size + 1))
-                size = min(size, max(ring_of(opened[-1]) - 1, _MARGIN))
-                wanted = 2 * size + _MARGIN if slots <= _AMPLE else size + _MARGIN
-                section = Section(opened[-1], _open_berths(min(wanted, budget), opened))
-                budget -= len(section.berths)
+                pipe = new_fifo(size + 1)
+                opened.append(pipe)
+                size = min(size, max(ring_of(pipe) - 1, _MARGIN))
+                ample = warm or slots <= _AMPLE
+                wanted = 2 * size + _MARGIN if ample else size + _MARGIN
+                berths = _open_berths(min(wanted, budget), opened)
+                budget -= len(berths)
+                section = Section(pipe, berths, _seats(berths, size) if warm else 0)
                 write_all(section.pipe, b"+" * size)
                 sections.append(section)
                 rest -= size
@@ -72,16 +77,24 @@ class SlotPool:
         return cls(slots, sections)
 
     @classmethod
-    def join(cls, outer: Outer) -> SlotPool:
-        """Take part in an outer pool, with the implicit slot that every started command owns."""
+    def join(cls, outer: Outer, *, warm: bool = False) -> SlotPool:
+        """
+        Take part in an outer pool, with the implicit slot that every started command owns.
+
+        Args:
+            outer: What MAKEFLAGS tells of the pool.
+            warm: Whether there are to be seats for idle workers.
+        """
         slots = outer.slots or len(os.sched_getaffinity(0))
         opened = [outer.fd]
         try:
             opened.append(new_fifo(1))
             # The implicit slot is the first to be used: it costs nobody else anything.
+            own = _open_berths(_MARGIN, opened)
+            others = _open_berths(min(2 * slots + _MARGIN, _budget()), opened)
             sections = [
-                Section(opened[1], _open_berths(_MARGIN, opened)),
-                Section(outer.fd, _open_berths(min(2 * slots + _MARGIN, _budget()), opened)),
+                Section(opened[1], own, _seats(own, 1) if warm else 0),
+                Section(outer.fd, others, _seats(others, slots) if warm else 0),
             ]
             write_all(opened[1], b"+")
         except OSError:
@@ -98,9 +111,12 @@ class SlotPool:
         """Return how many tokens are free at this instant."""
         return sum(waiting_bytes(section.pipe) for section in self.sections)
 
-    def try_take(self) -> Optional[Lease]:
+    def try_take(self, *, seat: bool = False) -> Optional[Lease]:
         """
         Take a free token, or return None.
+
+        Args:
+            seat: Into a berth that may be kept when the token has gone back, if there is one.
 
         Raises:
             OSError: No descriptor is left for the lease.
@@ -108,7 +124,7 @@ class SlotPool:
         for section in self.sections:
             for patience in range(PATIENCE, -1, -1):
                 with _forking.books_lock():  # no fork between the opening and the noting
-                    taken = section.take()
+                    taken = section.take(seat=seat)
                     if taken is not None:
                         fd, berth = taken
                         return Lease(self, fd, berth, section)
@@ -124,6 +140,16 @@ class SlotPool:
                 except BlockingIOError:
                     break
                 return Lease(self, -1, -1, section, token)
+        return None
+
+    def reserve(self) -> Optional[Lease]:
+        """Take a seat without a token, in the first section that has one, or return None."""
+        for section in self.sections:
+            with _forking.books_lock():
+                taken = section.reserve()
+                if taken is not None:
+                    fd, berth = taken
+                    return Lease(self, fd, berth, section)
         return None
 
     def adopt(self, fd: int, section: int, berth: int) -> Lease:
@@ -165,8 +191,10 @@ class SlotPool:
     def __reduce__(self) -> tuple[Any, ...]:
         # reduction.DupFd hands the descriptors to the process being started, however it is started.
         dup = reduction.DupFd
-        fds = [[dup(fd) for fd in (part.pipe, *part.berths)] for part in self.sections]
-        return _rebuild, (self.slots, fds)
+        parts = [
+            (part.seats, [dup(fd) for fd in (part.pipe, *part.berths)]) for part in self.sections
+        ]
+        return _rebuild, (self.slots, parts)
 
 
 def _open_berths(count: int, opened: list[int]) -> list[int]:
@@ -176,14 +204,19 @@ def _open_berths(count: int, opened: list[int]) -> list[int]:
     return opened[len(opened) - count :]
 
 
-def _rebuild(slots: int, handed: list[list[Any]]) -> SlotPool:
+def _rebuild(slots: int, parts: list[tuple[int, list[Any]]]) -> SlotPool:
     sections = []
-    for handed_fds in handed:
+    for seats, handed_fds in parts:
         fds = [handed_fd.detach() for handed_fd in handed_fds]
         for fd in fds:
             os.set_inheritable(fd, False)
-        sections.append(Section(fds[0], fds[1:]))
+        sections.append(Section(fds[0], fds[1:], seats))
     return SlotPool(slots, sections)
+
+
+def _seats(berths: list[int], tokens: int) -> int:
+    """Return how many berths may be kept without a token: the others have room for all tokens."""
+    return max(0, len(berths) - tokens - _SPARE)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -37,16 +37,46 @@ class Section:
     Args:
         pipe: The pipe of free tokens, open for reading and writing, non-blocking.
         berths: One descriptor for each berth, open for as long as this object is.
+        seats: So many of the first berths may stay locked while there is no token in them, each
+            by a worker that waits for its next job. The rest is enough for all tokens.
     """
 
-    def __init__(self, pipe: int, berths: list[int]) -> None:
+    def __init__(self, pipe: int, berths: list[int], seats: int) -> None:
         self.pipe = pipe
         self.berths = berths
+        self.seats = seats
         self._hint = 0
 
-    def take(self) -> Optional[tuple[int, int]]:
-        """Take a free token into a berth; returns the berth's descriptor and number."""
-        return self._move_in(self.pipe)
+    def take(self, *, seat: bool = False) -> Optional[tuple[int, int]]:
+        """
+        Take a free token into a berth, into a seat if there is one and ``seat`` asks for it.
+
+        Returns:
+            The berth's descriptor and number.
+        """
+        return self._move_in(self.pipe, 0 if seat else self._start())
+
+    def reserve(self) -> Optional[tuple[int, int]]:
+        """Lock a seat, without a token; returns the berth's descriptor and number."""
+        for berth in range(self.seats):
+            fd = self._open(berth)
+            try:
+                if lock(fd):
+                    self.unpark(fd)  # a dead holder's token
+                    taken, fd = fd, -1
+                    return taken, berth
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        return None
+
+    def drain(self, fd: int) -> bool:
+        """Put the token in a locked berth back, and keep the lock; False if there was none."""
+        return self.unpark(fd)
+
+    def refill(self, fd: int) -> bool:
+        """Take a free token into a locked berth; False if there is none."""
+        return _moved(self.pipe, fd)
 
     def relocate(self, parked: int) -> Optional[tuple[int, int]]:
         """
@@ -55,7 +85,7 @@ class Section:
         Whoever shares the first berth's lock so has no part in the second's.
         """
         for _patience in range(PATIENCE):
-            moved = self._move_in(parked)
+            moved = self._move_in(parked, self._start())
             if moved is not None:
                 # SIGKILL here: a locked berth without a token, which its other holder lets go.
                 fcntl.flock(parked, fcntl.LOCK_UN)
@@ -65,12 +95,14 @@ class Section:
             os.sched_yield()
         return None
 
-    def _move_in(self, source: int) -> Optional[tuple[int, int]]:
+    def _start(self) -> int:
+        return self.seats + self._hint % (len(self.berths) - self.seats)
+
+    def _move_in(self, source: int, start: int) -> Optional[tuple[int, int]]:
         """Move a token from ``source`` into a free berth; returns its descriptor and number."""
         if not waiting_bytes(source):
             return None
         count = len(self.berths)
-        start = self._hint
         for step in range(count):
             berth = (start + step) % count
             fd = self._open(berth)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""Run an executor's initializer before a call."""
+"""Run an executor's initializer before a worker's first call."""
 
 from __future__ import annotations
 
 from typing import Any, Callable
+
+from . import _stay
 
 
 class InitializerFailed(Exception):
@@ -12,16 +14,14 @@ class InitializerFailed(Exception):
 
 
 class Initializer:
-    """Calls ``initializer(*initargs)``, then what it is called with."""
+    """Calls ``initializer(*initargs)``."""
 
     def __init__(self, initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:
         self.initializer = initializer
         self.initargs = initargs
 
-    def __call__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Initialize, then call."""
+    def __call__(self) -> None:
+        """Initialize this worker: what that does to the environment stays done."""
         try:
             self.initializer(*self.initargs)
         except BaseException as error:
@@ -30,4 +30,4 @@ class Initializer:
             logger = logging.getLogger("concurrent.futures")
             logger.critical("Exception in initializer:", exc_info=True)
             raise InitializerFailed(repr(error)) from error
-        return fn(*args, **kwargs)
+        _stay.accept()

@@ -1,71 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
 """
-The life of a fresh worker: run one job, finish everything, answer, end.
+The life of a worker: run a job, finish everything, answer, end; or wait for the next one.
 
-The answer is the last act. So the slot can go back as soon as the answer is here, and what is
-left of the process is the kernel's to take down.
+The answer is the last act of a job. So the slot can go back as soon as the answer is here, and what
+is left of a process that ends is the kernel's to take down.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from jobserver._slots._own import own_slot
-from jobserver._wire import DIED, RETURNED, encode, send
+from jobserver._wire import DIED, RETURNED, STAYS, encode, send
 
 from ._answer import Answer, answer_of, died
-from ._process import finish_process, flush_streams
+from ._process import finish_jobs, finish_process, flush_streams
+
+if TYPE_CHECKING:
+    from ._next import Next
 
 
-class Job:
+class Worker:
     """
-    One call, and the channel on which it is to be answered.
+    One process, and the channel on which its jobs are to be answered.
 
     Args:
-        call: What to run; it has its arguments.
         channel: A blocking descriptor.
+        next_jobs: Where further jobs come from; None if the first is the last one.
     """
 
-    __slots__ = ("_call", "_channel", "_file")
+    __slots__ = ("_channel", "_file", "_next")
 
-    def __init__(self, call: Callable[[], Any], channel: int) -> None:
-        self._call = call
+    def __init__(self, channel: int, next_jobs: Optional[Next]) -> None:
         self._channel = channel
         self._file = os.fstat(channel).st_ino
+        self._next = next_jobs
 
-    def work(self) -> NoReturn:
-        """Run the job and answer. Ends the process, whatever happens."""
+    def work(self, call: Callable[[], Any]) -> NoReturn:
+        """
+        Run jobs and answer. Ends the process, whatever happens.
+
+        Args:
+            call: The first job; it has its arguments.
+        """
         me = os.getpid()
-        answer = answer_of(self._call)
-        if os.getpid() != me:
-            # fn has forked and let the child return, too: only the original answers.
-            flush_streams()
-            os._exit(0)
-        self._end(answer)
+        if self._next is not None:
+            self._next.begin()
+        while True:
+            answer = answer_of(call)
+            if os.getpid() != me:
+                # fn has forked and let the child return, too: only the original answers.
+                flush_streams()
+                os._exit(0)
+            self._answer(answer)
+            del call, answer  # what they refer to is not to outlive the job
+            assert self._next is not None  # noqa: S101  # else answering has ended the process
+            call = self._next.job()
 
-    def _end(self, answer: Answer) -> NoReturn:
+    def _answer(self, answer: Answer) -> None:
+        """Finish the job and answer; returns only if the worker stays."""
         exitcode = 1
+        stays = False
         try:
             try:
-                finish_process()
+                stays = self._stays(answer)
+                if not stays:
+                    finish_process()
             except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
-                answer = died(error)
+                answer, stays = died(error), False
             exitcode = answer.exitcode
-            flags = RETURNED if own_slot().returned() else 0
+            flags = (RETURNED if own_slot().returned() else 0) | (STAYS if stays else 0)
             pieces = encode(
                 answer.kind, answer.text, answer.payload, flags=flags, exitcode=answer.exitcode
             )
+            if stays and self._next is not None:
+                self._next.ready()
             if self._is_open():
                 send(self._channel, pieces)
-            elif answer.kind != DIED:
-                exitcode = 1
+            else:
+                stays = False
+                exitcode = exitcode if answer.kind == DIED else 1
         except OSError:
             # Whoever was to have the answer is gone.
+            stays = False
             exitcode = exitcode or 1
+        except BaseException:
+            stays = False
+            raise
         finally:
-            os._exit(exitcode)
+            if not stays:
+                os._exit(exitcode)
+
+    def _stays(self, answer: Answer) -> bool:
+        if self._next is None or answer.kind == DIED:
+            return False
+        finish_jobs()
+        stays = self._next.tidy()
+        finish_jobs()  # of the threads that were waited for
+        flush_streams()
+        return stays
 
     def _is_open(self) -> bool:
         # The job may have closed the channel, and opened another file under its number.

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from multiprocessing import process, util
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 NAME = "Jobserver-worker"
 
@@ -104,29 +104,32 @@ def _forget_parent() -> None:
     sys.stdin = _NO_INPUT
 
 
+def finish_jobs() -> None:
+    """Wait for the jobs that this process has submitted."""
+    ending = sys.modules.get("jobserver._ending")
+    if ending is not None:
+        ending.finish_jobs()
+
+
 def finish_process() -> None:
     """Finish everything that the job has begun in this process, as its end would."""
-    ending = sys.modules.get("jobserver._ending")
-    finish_jobs = None if ending is None else ending.finish_jobs
-    if finish_jobs is not None:
-        finish_jobs()
+    finish_jobs()
     # Threads and hooks may submit more, so jobs are waited for after each of them.
     if len(_threading._active) > 1 or _threading._limbo:
-        _finish(_threading._shutdown, finish_jobs)
+        _finish(_threading._shutdown)
     if _util._finalizer_registry or _process._children:
-        _finish(_util._exit_function, finish_jobs)
+        _finish(_util._exit_function)
     if atexit._ncallbacks():
-        _finish(atexit._run_exitfuncs, finish_jobs)
+        _finish(atexit._run_exitfuncs)
     flush_streams()
 
 
-def _finish(step: Callable[[], None], finish_jobs: Optional[Callable[[], None]]) -> None:
+def _finish(step: Callable[[], None]) -> None:
     try:
         step()
     except Exception as error:  # noqa: BLE001  # no reason to lose the answer
         report(error)
-    if finish_jobs is not None:
-        finish_jobs()
+    finish_jobs()
 
 
 def report(error: BaseException) -> None:

@@ -10,15 +10,16 @@ import socket
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
-from jobserver._errors import Unguarded, Untransferable
+from jobserver._errors import Unguarded
 from jobserver._fds import receive_fds
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame, FrameReader
 
 from . import _inherit
-from ._main import Job
+from ._main import Worker
+from ._next import Next, load
 from ._process import NAME, Identity
-from ._task import Task
+from ._stay import Habitat, Stays
 
 
 def main(channel: int) -> NoReturn:
@@ -54,14 +55,32 @@ def serve(
     bell = fds.pop(0) if has_bell else -1
     run_on(OwnSlot(key, lease, place, bell))
     _inherit.hold(fds)
+    stays: Optional[Stays] = changed["stays"]
+    habitat = Habitat({}, "")
+    next_jobs = None if stays is None else Next(channel, stays, habitat, key, place, bell)
+    task = _Held(frame)
+    del frame
 
     def call() -> Any:
         if failure is not None:
             raise failure
         _prepare(changed, told or {})
-        return _load(frame).run()
+        habitat.accept()
+        return load(task.take()).run()
 
-    Job(call, channel).work()
+    Worker(channel, next_jobs).work(call)
+
+
+class _Held:
+    """Refers to a frame until it is taken out."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame: Optional[Frame] = frame
+
+    def take(self) -> Frame:
+        frame, self._frame = self._frame, None
+        assert frame is not None  # noqa: S101  # taken once
+        return frame
 
 
 def _receive_frame(channel: int) -> Frame:
@@ -89,10 +108,3 @@ def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
         raise RuntimeError(f"the worker could not be prepared: {error!r}") from error
     finally:
         del state._inheriting
-
-
-def _load(frame: Frame) -> Task:
-    try:
-        return Task(*frame.load())
-    except Exception as error:
-        raise Untransferable(f"the job could not be unpickled in the worker: {error!r}") from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, NamedTuple, Optional
 
+from . import _stay
+
 
 class Task(NamedTuple):
     """One call, and what is to be done before it."""
@@ -16,6 +18,7 @@ class Task(NamedTuple):
     kwargs: dict[str, Any]
     env: dict[str, Optional[str]]
     preexec_fn: Optional[Callable[[], Any]]
+    first: Optional[Callable[[], Any]] = None  # called once in each worker
 
     def run(self) -> Any:
         """Apply env and preexec_fn, then call fn."""
@@ -24,9 +27,17 @@ class Task(NamedTuple):
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        manager = None if self.preexec_fn is None else self.preexec_fn()
+        manager = None
+        if self.preexec_fn is not None:
+            manager = self.preexec_fn()
+            if manager is None:
+                _stay.spoil()  # what it has done can be undone by nobody
         if manager is None:
+            if self.first is not None:
+                self.first()
             return self.fn(*self.args, **self.kwargs)
         with manager:
+            if self.first is not None:
+                self.first()
             return self.fn(*self.args, **self.kwargs)
         return None  # the manager has suppressed fn's exception

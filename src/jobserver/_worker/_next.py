@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Where a worker that stays gets its next job from."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+from typing import Any, Callable, NoReturn, Optional
+
+from jobserver._errors import Untransferable
+from jobserver._fds import MOST, fds_of
+from jobserver._slots._own import OwnSlot, own_slot, run_on
+from jobserver._wire import Frame, FrameReader
+
+from . import _inherit
+from ._process import finish_process
+from ._stay import Habitat, Stays, inhabit
+from ._task import Task
+
+_COUNT = struct.Struct("<I")
+_SIZE = 1 << 16
+_SPACE = socket.CMSG_SPACE(MOST * 4)
+
+
+class Next:
+    """
+    The way further jobs come.
+
+    Args:
+        channel: A blocking stream socket.
+        stays: How long this worker may stay.
+        habitat: What jobs are to find here.
+        key: Which pool the jobs are on.
+        place: The section and the berth of the lease that the worker has.
+        bell: The descriptor of the bell, -1 for none.
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        stays: Stays,
+        habitat: Habitat,
+        key: Optional[tuple[int, int]],
+        place: Optional[tuple[int, int]],
+        bell: int,
+    ) -> None:
+        self._channel = channel
+        self._left = stays.tasks
+        self._idle = stays.idle
+        self._habitat = habitat
+        self._key = key
+        self._place = place
+        self._bell = bell
+        self._lease = -1
+        self._reader = FrameReader()
+        self._sock: Optional[socket.socket] = None
+
+    def begin(self) -> None:
+        """In the worker, before its first job."""
+        inhabit(self._habitat)
+
+    def tidy(self) -> bool:
+        """After a job: say whether there may be another one here."""
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                return False
+        return self._habitat.tidy()
+
+    def ready(self) -> None:
+        """Leave the seat of the job that has ended; the answer may now be sent."""
+        self._lease = own_slot().leave()
+        if self._sock is None:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self._channel)
+            # So that waiting for too long costs no system call more than waiting.
+            limit = struct.pack("ll", int(self._idle), int(self._idle % 1 * 1e6))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+    def job(self) -> Callable[[], Any]:
+        """Wait for the next job; ends the process when there will be none."""
+        assert self._sock is not None  # noqa: S101  # made by `ready`
+        try:
+            frame, fds = self._receive(self._sock)
+        except (EOFError, ConnectionResetError, KeyboardInterrupt):
+            self._end()  # Ctrl-C at rest is for the program, which may start another worker
+        told: dict[str, Any] = pickle.loads(frame.segments[0]) if frame.segments[0] else {}  # noqa: S301
+        if "place" in told:
+            self._place = told["place"]
+            self._lease = _exchange(self._lease, fds.pop(0))
+        if "bell" in told:
+            self._bell = _exchange(self._bell, fds.pop(0))
+        run_on(OwnSlot(self._key, self._lease, self._place, self._bell))
+        _inherit.hold(fds)
+        return _Job(frame, told, self._habitat).run
+
+    def _receive(self, sock: socket.socket) -> tuple[Frame, list[int]]:
+        data, fds = self._hear(sock)
+        while len(data) < _COUNT.size:
+            more, others = _read(sock, _SIZE)
+            data += more
+            fds += others
+        (count,) = _COUNT.unpack_from(data)
+        while len(fds) < count:
+            fds += _read(sock, 1)[1]
+        frame = self._reader.push(data[_COUNT.size :])
+        while frame is None:
+            frame = self._reader.feed(self._channel)
+        return frame, fds
+
+    def _hear(self, sock: socket.socket) -> tuple[bytes, list[int]]:
+        """Wait for the first part of a job."""
+        try:
+            return _read_once(sock, _SIZE)
+        except BlockingIOError:
+            # It has been long. From here on nobody can send us anything; what was sent before is
+            # still to be heard, and the last job then.
+            sock.shutdown(socket.SHUT_RD)
+            self._left = 1
+            return _read_once(sock, _SIZE)
+
+    def _end(self) -> NoReturn:
+        try:
+            finish_process()
+        finally:
+            os._exit(0)
+
+
+class _Job:
+    """One job; refers to what it came in only until it has been unpacked."""
+
+    def __init__(self, frame: Frame, changes: dict[str, Any], habitat: Habitat) -> None:
+        self._frame: Optional[Frame] = frame
+        self._changes = changes
+        self._habitat = habitat
+
+    def run(self) -> Any:
+        if self._changes:
+            self._habitat.change(self._changes)
+        return self._load().run()
+
+    def _load(self) -> Task:
+        frame, self._frame = self._frame, None
+        assert frame is not None  # noqa: S101  # run once
+        return load(frame)
+
+
+def load(frame: Frame) -> Task:
+    """Unpickle a task."""
+    try:
+        return Task(*frame.load())
+    except Exception as error:
+        raise Untransferable(f"the job could not be unpickled in the worker: {error!r}") from error
+
+
+def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """Read what must come, however long it takes."""
+    while True:
+        try:
+            return _read_once(sock, size)
+        except BlockingIOError:
+            continue
+
+
+def _read_once(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    data, ancillary, _flags, _address = sock.recvmsg(size, _SPACE)
+    if not data:
+        raise EOFError
+    return data, fds_of(ancillary) if ancillary else []
+
+
+def _exchange(old: int, new: int) -> int:
+    if old >= 0:
+        os.close(old)
+    return new

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+What a worker that stays does between two jobs: tidy up, answer, wait.
+
+Guarantees:
+
+* The environment and the working directory that the next job finds are those of whoever submits
+  it. What cannot be undone (a plain ``preexec_fn``, child processes left behind) ends the worker.
+* A job is over when its nested jobs and its threads are, as in a fresh worker. Exit handlers and
+  finalizers run at the end of the worker.
+* The worker ends when its owner does: then its channel is at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from multiprocessing import process
+from typing import Any, NamedTuple, Optional
+
+# How many seconds a worker waits for its next job before it ends.
+IDLE = 60.0
+
+_process: Any = process
+_threading: Any = threading
+
+_spoiled = False
+_here: Optional[Habitat] = None
+
+
+def accept() -> None:
+    """Let the next jobs find the environment and the directory as they are now."""
+    if _here is not None:
+        _here.accept()
+
+
+def inhabit(habitat: Habitat) -> None:
+    """In a worker that stays: state what its jobs are to find."""
+    global _here  # noqa: PLW0603
+    _here = habitat
+
+
+class Stays(NamedTuple):
+    """
+    How long a worker may stay.
+
+    Args:
+        tasks: How many jobs it may run in all; None for any number.
+        idle: How many seconds it waits for the next one.
+    """
+
+    tasks: Optional[int]
+    idle: float
+
+
+def spoil() -> None:
+    """The job has changed its process for good: it is to be the last one here."""
+    global _spoiled  # noqa: PLW0603
+    _spoiled = True
+
+
+class Habitat:
+    """
+    What every job in this process is to find.
+
+    Args:
+        environ: The variables of the environment, encoded, as ``os.environ`` keeps them.
+        directory: The working directory; empty until it is known.
+    """
+
+    def __init__(self, environ: dict[bytes, bytes], directory: str) -> None:
+        self._environ = environ
+        self._directory = directory
+
+    def tidy(self) -> bool:
+        """Undo what the job has left; False if that cannot be, so that this worker is to end."""
+        _join_threads()
+        if not self._directory:
+            return False  # nothing could be made ready here for any job
+        if _spoiled or _process._children or _streams_closed():
+            return False
+        environ: Any = os.environ
+        if environ._data != self._environ:
+            self._restore_environ()
+        try:
+            if os.getcwd() == self._directory:
+                return True
+        except OSError:
+            pass  # the job was in a directory that is gone
+        try:
+            os.chdir(self._directory)
+        except OSError:
+            return False
+        return True
+
+    def _restore_environ(self) -> None:
+        environ: Any = os.environ
+        for name in [name for name in environ._data if name not in self._environ]:
+            del os.environb[name]
+        for name, value in self._environ.items():
+            if environ._data.get(name) != value:
+                os.environb[name] = value
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """Become like the submitting process in what has changed there."""
+        if "environ" in changes:
+            self._environ = changes["environ"]
+            self._restore_environ()
+        if "dir" in changes:
+            self._directory = changes["dir"]
+            os.chdir(self._directory)
+        if "sys_path" in changes:
+            sys.path[:] = changes["sys_path"]
+        if "sys_argv" in changes:
+            sys.argv[:] = changes["sys_argv"]
+        if "authkey" in changes:
+            process.current_process().authkey = changes["authkey"]
+
+    def accept(self) -> None:
+        """Let what has been done to the environment and the directory be as it is."""
+        self._environ, self._directory = variables(), os.getcwd()
+
+
+def variables() -> dict[bytes, bytes]:
+    """Return the variables of the environment, encoded."""
+    environ: Any = os.environ
+    return dict(environ._data)
+
+
+def _join_threads() -> None:
+    if len(_threading._active) == 1 and not _threading._limbo:
+        return
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
+
+
+def _streams_closed() -> bool:
+    return any(getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr))
