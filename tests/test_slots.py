@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jobserver import _forking
 from jobserver._slots._lease import Lease
 from jobserver._slots._pool import SlotPool
-from jobserver._slots._section import Section
+from jobserver._slots._section import Section, lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,13 @@ def take(pool: SlotPool) -> Lease:
     lease = pool.try_take()
     assert lease is not None
     return lease
+
+
+def lent(lease: Lease) -> Lease:
+    """What is lent of a lease, which must be there."""
+    moved = lease.relocated()
+    assert moved is not None
+    return moved
 
 
 def in_child(action: Callable[[], Any]) -> int:
@@ -126,7 +133,7 @@ def test_relocated_lease(pool: SlotPool) -> None:
     lease = take(pool)
     shared = os.dup(lease.fileno())
     berth = lease.berth
-    moved = lease.relocated()
+    moved = lent(lease)
 
     assert moved.berth != berth
     assert pool.free() == SLOTS - 1
@@ -138,12 +145,61 @@ def test_relocated_lease(pool: SlotPool) -> None:
     os.close(shared)
 
 
+@pytest.fixture
+def tight() -> Iterator[SlotPool]:
+    """A pool that has a berth for each slot and no more, as when descriptors are scarce."""
+    made = SlotPool.create(SLOTS)
+    (section,) = made.sections
+    made.sections = [Section(section.pipe, section.berths[:SLOTS])]
+    yield made
+    made.sections = [section]
+    made.close()
+
+
+def test_lent_where_it_lies(tight: SlotPool) -> None:
+    """Without a free berth a token stays in its own, where the borrower's death still frees it."""
+    leases = [take(tight) for _ in range(SLOTS)]
+    submitters = tight.adopt(os.dup(leases[0].fileno()), 0, leases[0].berth)
+    moved = lent(leases[0])
+
+    assert moved.berth == submitters.berth
+    assert not submitters.reclaim()  # as if the lender had died: the borrower has it
+    assert tight.sweep() == 0
+
+    moved.abandon()  # as if the borrower, too
+    assert tight.sweep() == 1
+    assert tight.free() == 1
+    for lease in (submitters, *leases):
+        lease.release()
+    assert tight.free() == SLOTS
+
+
+def test_swept_while_it_is_lent_where_it_lies(
+    tight: SlotPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that is swept between the two locks is in the pool, and lent to nobody."""
+    leases = [take(tight) for _ in range(SLOTS)]
+
+    def lock_late(fd: int) -> bool:
+        monkeypatch.undo()
+        assert tight.sweep() == 1
+        return lock(fd)
+
+    monkeypatch.setattr(Section, "relocate", lambda self, parked: None)
+    monkeypatch.setattr("jobserver._slots._section.lock", lock_late)
+    assert leases[0].relocated() is None
+    assert tight.free() == 1
+    for lease in leases:
+        lease.release()  # the first is spent
+    assert tight.free() == SLOTS
+
+
 def test_reclaim(pool: SlotPool) -> None:
     """A dead worker's token is its submitter's while it lies where it was, and only then."""
     lease = take(pool)
     theirs = pool.adopt(os.dup(lease.fileno()), pool.section_of(lease), lease.berth)
     assert lease.reclaim()
-    moved = theirs.relocated()
+    moved = lent(theirs)
 
     assert not lease.reclaim()
 
@@ -181,7 +237,7 @@ def test_crowd_at_one_slot() -> None:
             lease = pool.try_take()
             if lease is not None:
                 assert lease.fileno() >= 0
-                lease = lease.relocated()
+                lease = lent(lease)
                 lease.release()
 
     workers = [in_child(work) for _ in range(24)]
@@ -216,7 +272,7 @@ def test_any_order_of_operations(operations: list[tuple[str, int]]) -> None:
             if operation == "r":
                 lease.release()
             elif operation == "l":
-                held.append(lease.relocated())
+                held.append(lent(lease))
             else:
                 lease.abandon()  # nobody shares it: a dead holder's
                 assert pool.sweep() == 1
@@ -256,13 +312,13 @@ def _take_and_release(pool: SlotPool) -> None:
 
 
 def _take_and_lend(pool: SlotPool) -> None:
-    take(pool).relocated().release()
+    lent(take(pool)).release()
 
 
 def _lend_twice_and_abandon(pool: SlotPool) -> None:
     first = take(pool)
-    second = first.relocated()
-    second.relocated().abandon()
+    second = lent(first)
+    lent(second).abandon()
     pool.sweep()
 
 
@@ -277,13 +333,29 @@ def _reclaim(pool: SlotPool) -> None:
         lease.release()
 
 
+def _lend_where_it_lies(pool: SlotPool) -> None:
+    section = pool.sections[0]
+    lease = take(pool)
+    moved = section.relock(lease.fileno(), lease.berth)
+    assert moved is not None
+    lease.abandon()
+    Lease(pool, *moved, section).release()
+
+
 def _take_all(pool: SlotPool) -> None:
     leases = [take(pool) for _ in range(SLOTS)]
     for lease in leases:
         lease.release()
 
 
-SCENARIOS = [_take_and_release, _take_and_lend, _lend_twice_and_abandon, _sweep, _reclaim]
+SCENARIOS = [
+    _take_and_release,
+    _take_and_lend,
+    _lend_twice_and_abandon,
+    _lend_where_it_lies,
+    _sweep,
+    _reclaim,
+]
 
 
 def die_at(step: int, what: str, action: Callable[[], Any]) -> None:
@@ -439,7 +511,7 @@ def _client(pool: SlotPool, held: mmap.mmap, number: int) -> int:
                 pool.sweep()
                 continue
             held[number] = 1
-            lease = lease.relocated()
+            lease = lent(lease)
             held[number] = 0
             lease.release()
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from jobserver._forking import books_lock, epoch
 
@@ -97,22 +97,23 @@ class Lease:
             if fd >= 0:
                 os.close(fd)
 
-    def relocated(self) -> Lease:
+    def relocated(self) -> Optional[Lease]:
         """
         Return the lease to lend: the token in a berth of its own, this object spent.
 
         A job shares the lock of the berth that it came with with its submitter. Whom it lends to
         must not share that lock: else nobody could tell, when the borrower has died, that the
-        token is free. Without a free berth the token is lent where it lies.
+        token is free. Without a free berth the token stays where it is, under a new lock; None
+        when somebody has swept it into the pool between the two locks.
         """
         if self._fd < 0:
             return self
         with books_lock():
-            moved = self.section.relocate(self._fd)
-            if moved is None:
-                return self
-            fd, berth = moved
-            lease = Lease(self.pool, fd, berth, self.section)
+            moved = self.section.relocate(self._fd) or self.section.relock(self._fd, self.berth)
+            lease = None
+            if moved is not None:
+                fd, berth = moved
+                lease = Lease(self.pool, fd, berth, self.section)
             os.close(self._let_go())
             return lease
 

@@ -95,6 +95,20 @@ class Section:
             os.sched_yield()
         return None
 
+    def relock(self, parked: int, berth: int) -> Optional[tuple[int, int]]:
+        """
+        Lock the berth behind ``parked`` anew; whoever shares the old lock has no part in the new.
+
+        None when its token is gone: for an instant it looks like a dead holder's.
+        """
+        fd = self._open(berth)
+        fcntl.flock(parked, fcntl.LOCK_UN)
+        # SIGKILL here: the token is in an unlocked berth, to be swept.
+        if lock(fd) and waiting_bytes(fd):
+            return fd, berth
+        os.close(fd)
+        return None
+
     def _start(self) -> int:
         return self.seats + self._hint % (len(self.berths) - self.seats)
 
