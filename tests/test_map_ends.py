@@ -14,6 +14,7 @@ from helpers import (
     PATIENCE,
     Gate,
     await_end,
+    fail,
     free_slots,
     has_ended,
     identity,
@@ -127,6 +128,16 @@ def test_exception_comes_in_its_turn(method: str) -> None:
             next(results)
         del results
         settle(js)
+
+
+@pytest.mark.contract("F7", "M10")
+def test_blocked_in_a_call(method: str) -> None:
+    """A call that raises Blocked is no timeout of the map."""
+    with Jobserver(method, 1) as js:
+        with pytest.raises(Blocked, match="of its own"):
+            list(js.map(fail, [(Blocked, "of its own")], timeout=PATIENCE))
+        with pytest.raises(Blocked, match="of its own"):
+            list(js.map(fail, [(Blocked, "of its own")]))
 
 
 @pytest.mark.contract("M2", "M8", "F7")

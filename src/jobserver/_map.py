@@ -26,6 +26,10 @@ Submit = Callable[
 ]
 
 
+class _Late(Exception):
+    """The timeout is over; apart from the Blocked that fn itself may raise."""
+
+
 class Plan(NamedTuple):
     """What is the same for every submission of one map."""
 
@@ -124,7 +128,10 @@ def _run(
             head = outstanding[0] if outstanding else None
             if waiting is not None and room:
                 # Until the head is done: its results are yielded first, then we try again.
-                future = submit(plan.task(waiting), 1, gate, plan.deadline, head)
+                try:
+                    future = submit(plan.task(waiting), 1, gate, plan.deadline, head)
+                except Blocked:
+                    raise _Late from None
                 gate = _let_in  # asked already, if it is this chunk's turn once more
                 if future is not None:
                     outstanding.append(future)
@@ -134,7 +141,7 @@ def _run(
             elif head is None:
                 return
             yield from _chunk_of(shared, outstanding, plan.deadline)
-    except Blocked:
+    except _Late:
         # Here, as it brings logging along, whose fork hooks each job would pay for.
         import concurrent.futures
 
@@ -157,7 +164,7 @@ def _chunk_of(
 ) -> Iterator[Any]:
     head = outstanding[0]
     if not shared.admission.wait_for(head, deadline):
-        raise Blocked
+        raise _Late
     chunk = head.result()
     outstanding.popleft()
     yield from chunk.results()
