@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import os
 import sys
 import threading
@@ -133,6 +134,33 @@ def raise_local() -> None:
         pass
 
     raise LocalError("the message")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """Refuses every assignment to an attribute."""
+
+    first: str
+
+    def __reduce__(self) -> Any:
+        return Frozen, (self.first,)
+
+
+def raise_frozen() -> None:
+    """Raise an exception that refuses to be changed."""
+    raise Frozen("the message")
+
+
+class BecomesText(Exception):
+    """Unpickles to what is no exception."""
+
+    def __reduce__(self) -> Any:
+        return str, (self.args[0],)
+
+
+def raise_becomes_text() -> None:
+    """Raise an exception that is none any more when it arrives."""
+    raise BecomesText("the message")
 
 
 def raise_with_group() -> None:

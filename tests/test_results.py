@@ -21,6 +21,7 @@ from helpers import (
 )
 from jobs_results import (
     ExitsWhenPickled,
+    Frozen,
     NeedsTwo,
     RaisesWhenPickled,
     RaisesWhenUnpickled,
@@ -28,6 +29,8 @@ from jobs_results import (
     deep_list,
     give,
     nested_failure,
+    raise_becomes_text,
+    raise_frozen,
     raise_local,
     raise_needs_two,
     raise_result,
@@ -180,7 +183,7 @@ def test_result_that_raises_system_exit_when_unpickled() -> None:
 
 
 @pytest.mark.contract("F11", "F7", "S18")
-@by_method("job", [raise_needs_two, raise_with_unpicklable, raise_local])
+@by_method("job", [raise_needs_two, raise_with_unpicklable, raise_local, raise_becomes_text])
 def test_exceptions_that_cannot_travel(method: str, gate: Gate, job: Any) -> None:
     """An exception that cannot be rebuilt here is a RuntimeError that keeps the traceback."""
     with Jobserver(method, 1) as js:
@@ -234,6 +237,17 @@ def test_custom_exception_that_can_travel() -> None:
         js.submit(raise_needs_two, args=(True,)).result(PATIENCE)
 
     assert (caught.value.first, caught.value.second) == ("the message", 2)
+
+
+@pytest.mark.contract("F7")
+def test_exception_that_refuses_to_be_changed() -> None:
+    """An exception whose attributes cannot be set arrives, with the worker's traceback."""
+    js = Jobserver("fork", 1)
+    with pytest.raises(Frozen) as caught:
+        js.submit(raise_frozen).result(PATIENCE)
+
+    assert caught.value.first == "the message"
+    assert "in raise_frozen" in str(caught.value.__cause__)
 
 
 @pytest.mark.contract("F7")

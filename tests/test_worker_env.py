@@ -122,6 +122,8 @@ def test_env_is_there_for_preexec(method: str, tmp_path: Path) -> None:
         {"A": 5},
         {"A": b"x"},
         {"A": True},
+        {"\ud800": "x"},
+        {"A": "\ud800"},
         [("A",)],
         [("A", "b", "c")],
         [5],

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, Optional, Union
@@ -113,6 +114,7 @@ def _check_name(name: Any) -> str:
         raise ValueError("env name must not be empty")
     if "=" in name or "\0" in name:
         raise ValueError(f"env name {name!r} must not hold '=' or NUL")
+    os.fsencode(name)  # UnicodeEncodeError, a ValueError, for what no environment can hold
     return name
 
 
@@ -123,6 +125,7 @@ def _check_value(name: str, value: Any) -> Optional[str]:
         raise TypeError(f"env value of {name!r} must be a str or None, not {type(value).__name__}")
     if "\0" in value:
         raise ValueError(f"env value of {name!r} must not hold NUL")
+    os.fsencode(value)
     return value
 
 

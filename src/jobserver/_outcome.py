@@ -61,8 +61,12 @@ class Outcome:
         if frame.kind == RESULT:
             self._value = loaded
             return
+        if not isinstance(loaded, BaseException):
+            self._error = _unreadable(frame, TypeError(f"it became a {type(loaded).__name__}"))
+            return
         if frame.text:
-            loaded.__cause__ = RemoteTraceback(frame.text)
+            # Not by assignment, which a class may refuse: a frozen dataclass does.
+            BaseException.__setattr__(loaded, "__cause__", RemoteTraceback(frame.text))
         if frame.kind == DIED:
             self._error = SubmissionDied(frame.exitcode, f"{type(loaded).__name__} ended it")
             self._error.__cause__ = loaded
