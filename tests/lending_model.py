@@ -53,7 +53,7 @@ RULES = {
     "lend in a berth of its own": ("_slots._lease.Lease.relocated", "self.section.relocate("),
     "ring if there is nothing to lend": (
         "_admission.Admission.take",
-        "rings = lends and not own.consumes",
+        "return not own.consumes or not reactor.lends_below() or own.heard()",
     ),
     "hush when it is over": ("_admission.Admission.take", "bell.hush()"),
     "ring the nearest job with a slot": (

@@ -80,6 +80,91 @@ def test_descriptor_limit(method: str, tmp_path: Path, gate: Gate) -> None:
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
+FIRST = (
+    PRELUDE
+    + """
+if __name__ == "__main__":
+    warm = Jobserver(method, 1)
+    warm.submit(nothing).result(PATIENCE)
+    steady_fds(warm)
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    refused = 0
+    for spare in range(10):
+        js = Jobserver(method, 2)
+        used = open_fds()
+        free = [number for number in range(1000) if number not in used]
+        limit(resource.RLIMIT_NOFILE, free[spare])
+        try:
+            js.submit(os.getpid, timeout=PATIENCE)
+        except OSError as error:
+            assert error.errno == errno.EMFILE, error
+            assert "tracked=0" in repr(js)
+            refused += 1
+        limit(resource.RLIMIT_NOFILE, usual)
+        settle(js)
+        assert js.submit(identity, args=(1,)).result(PATIENCE) == 1
+        # The user's own fork finds nothing to close that is not there.
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    assert refused > 3
+    print(free_slots(js, Gate(Path(directory))))
+"""
+)
+
+
+@pytest.mark.contract("S18")
+def test_descriptor_limit_at_the_first_submit(method: str, tmp_path: Path, gate: Gate) -> None:
+    """A Jobserver whose first submit finds no descriptor has nothing in flight, and works on."""
+    script = tmp_path / "program.py"
+    script.write_text(FIRST)
+
+    done = run_program([str(script), method, gate.directory])
+
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+THREADED = (
+    PRELUDE
+    + """
+import threading, time
+
+if __name__ == "__main__":
+    js = Jobserver(method, 2)
+    gate = Gate(Path(directory))
+    job = js.submit(gate.enter)
+    (worker,) = gate.await_entered(1)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(job.result()))
+    thread.start()
+    wait_until(lambda: js._shared.reactor._leading, "the thread to wait")
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit(resource.RLIMIT_NOFILE, 3)
+    # Looks without a pause, and so mostly sees the answer before the thread that waits for it.
+    gate.open()
+    deadline = time.monotonic() + PATIENCE
+    while not job.done() and time.monotonic() < deadline:
+        js.reclaim_resources()
+    thread.join(PATIENCE)
+    limit(resource.RLIMIT_NOFILE, usual)
+    assert got == [worker], got
+    print("ok")
+"""
+)
+
+
+@pytest.mark.contract("S18", "H13")
+def test_waiting_thread_hears_without_descriptors(tmp_path: Path, gate: Gate) -> None:
+    """While no descriptor is free, a thread that waits learns of what another one reaps."""
+    script = tmp_path / "program.py"
+    script.write_text(THREADED)
+
+    done = run_program([str(script), "fork", gate.directory])
+
+    assert (done.stdout, done.stderr) == ("ok\n", "")
+
+
 BUSY = (
     PRELUDE
     + """

@@ -89,6 +89,7 @@ class Admission:
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
         crew = reactor.crew
         lends = deadline is None and own.attach(slots)
+        bell = _Bell(own)
         taken: list[Lease] = []
 
         def over() -> bool:
@@ -106,18 +107,23 @@ class Admission:
                     crew.take_for(lease)
             if lease is not None:
                 taken.append(lease)
-            return lease is not None
+            # A job that starves rings, but only once it has looked for a slot in vain.
+            return lease is not None or (not bell.rung and starves())
 
-        bell = _Bell(own)
-        # A job without a slot rings, but only once it has looked for one in vain.
-        rings = lends and not own.consumes
+        def starves() -> bool:
+            # Its slot is lent already, or it came without one. What a child runs on comes back.
+            if not lends or own.lease is not None:
+                return False
+            return not own.consumes or not reactor.lends_below() or own.heard()
+
         try:
             while True:
                 issue_due(reactor)
+                arm = slots.filenos()
                 if reactor.wait(
                     test,
-                    time.monotonic() if rings else deadline,
-                    arm=slots.filenos(),
+                    deadline,
+                    arm=bell.arm(arm) if lends else arm,
                     tick=_TICK,
                     on_tick=slots.sweep,
                 ):
@@ -125,11 +131,15 @@ class Admission:
                         return taken.pop()
                     if over():
                         return None
-                elif rings:
-                    rings = False
-                    bell.ring()
+                    if not self._callbacks_due():
+                        bell.ring()
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
+        except BaseException:
+            # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
+            while taken:
+                self.give_back(taken.pop())
+            raise
         finally:
             bell.hush()
 

@@ -92,6 +92,14 @@ def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
         return ours, theirs
 
 
+def duplicate_socket(fd: int) -> socket.socket:
+    """Make another socket of a descriptor, and note it."""
+    with _lock:
+        twin = socket.socket(fileno=os.dup(fd))
+        owned.add(twin.fileno())
+        return twin
+
+
 def close(fd: int) -> None:
     """Close a descriptor that was noted."""
     with _lock:
@@ -134,7 +142,10 @@ def _after_in_child() -> None:
     passed: frozenset[int] = found or frozenset()
     for fd in owned:
         if fd not in passed:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:  # the program has closed what is not its own
+                pass
     owned.clear()
     for thing in list(_at_once):
         thing.after_fork_in_child(passed)

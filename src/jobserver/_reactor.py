@@ -81,11 +81,15 @@ class Reactor:
         """Track a job that has just been started."""
         flight = Flight(started, lease, self._unwatch, future)
         with self.lock:
+            self._watch(flight.channel, flight)
+            try:
+                if flight.pidfd >= 0:
+                    self._watch(flight.pidfd, flight)
+            except BaseException:
+                self._unwatch(flight.channel)
+                raise
             self.running[future] = flight
             _active.add(self)
-            self._watch(flight.channel, flight)
-            if flight.pidfd >= 0:
-                self._watch(flight.pidfd, flight)
 
     def assign(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         """Track a job that has been sent to a worker that had run others; it may have ended."""
@@ -134,6 +138,10 @@ class Reactor:
         if not self._watched:
             return
         with deferred(), self.lock:
+            try:
+                self._prepare_nudge()
+            except OSError:
+                return  # no descriptor to tell the leader by, who so must see to it himself
             if self._handle(self._poller().poll(0)):
                 self._nudge_leader()
 
@@ -213,8 +221,14 @@ class Reactor:
 
     def _lead(self, signals: Deferred, poller: select.epoll, pause: Optional[float]) -> bool:
         closings = self._closings
-        with signals.lifted():
-            events = poller.poll(pause)
+        try:
+            with signals.lifted():
+                events = poller.poll(pause)
+        except BaseException:
+            # Ctrl-C just after it: what was armed for one shot may have been spent.
+            with self.lock:
+                self._armed.clear()
+            raise
         with self.lock:
             if closings != self._closings:
                 # Another thread has closed descriptors since, and what is reported of a number may
@@ -260,13 +274,17 @@ class Reactor:
                 self._release()
         return settled
 
+    def _prepare_nudge(self) -> None:
+        if self._leading and self._nudge < 0:
+            with _forking.books_lock():
+                nudge = new_fifo(1)
+                _forking.owned.add(nudge)
+            self._poller().register(nudge, select.EPOLLIN)
+            self._nudge = nudge
+
     def _nudge_leader(self) -> None:
+        self._prepare_nudge()
         if self._leading:
-            if self._nudge < 0:
-                with _forking.books_lock():
-                    self._nudge = new_fifo(1)
-                    _forking.owned.add(self._nudge)
-                self._poller().register(self._nudge, select.EPOLLIN)
             with contextlib.suppress(BlockingIOError):  # full: the leader has yet to look
                 os.write(self._nudge, b"!")
 
@@ -330,9 +348,10 @@ class Reactor:
         return self._epoll
 
     def _watch(self, fd: int, flight: Flight) -> None:
+        # First what may fail: there may be no descriptor left, or no memory in the kernel.
+        self._poller().register(fd, select.EPOLLIN)
         self._watched[fd] = flight
         _forking.owned.add(fd)
-        self._poller().register(fd, select.EPOLLIN)
 
     def _unwatch(self, fd: int) -> None:
         # Closing is not enough: a process that is just being forked may share the description.

@@ -69,7 +69,8 @@ class Shared:
         for reactor in active_reactors():
             reactor.reap()  # also those that nobody will ask any more
         warm = tasks != 1
-        pool = default_pool(warm=warm) if slots is None else SlotPool.create(slots, warm=warm)
+        with deferred():  # else descriptors might be opened and not noted
+            pool = default_pool(warm=warm) if slots is None else SlotPool.create(slots, warm=warm)
         return cls(pool, found, tasks)
 
     @property
@@ -134,12 +135,14 @@ class Shared:
         lent = lease is not None and own_slot().lent
         try:
             prepared = self.launcher.prepare(task)
-            seat = seat_for(self.slots, lease, own_slot())
             with deferred() as signals:
+                seat = seat_for(self.slots, lease, own_slot())
                 if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
                     stays = self._stays(lease)
                     started = self.launcher.launch(prepared, seat, stays)
                     self._track(future, prepared, seat, started, lease, signals)
+                # The job's from now on, also when Ctrl-C comes out of this block.
+                lease = None
         except BaseException:
             if lease is not None:
                 self.admission.give_back(lease)

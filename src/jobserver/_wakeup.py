@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from . import _forking
+from ._signals import deferred
 from ._slots._section import new_fifo
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Wakeup:
         self._lock = threading.RLock()
         with reactor.lock:
             reactor._poller()  # so that the thread need not find a descriptor for it
-        with _forking.books_lock():
+        with deferred(), _forking.books_lock():
             self._fd = new_fifo(1)
             _forking.owned.add(self._fd)
             _forking.track(self, at_leisure=True)

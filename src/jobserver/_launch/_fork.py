@@ -9,6 +9,7 @@ child touches the cheaper it is: no Process object is started, no module loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from multiprocessing import util
@@ -111,8 +112,9 @@ def open_pidfd(pid: int) -> int:
         return -1
     except BaseException:
         # No descriptor to watch it by: the job has not been accepted, so it must not run on.
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # reaped by other code
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
         raise
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 from jobserver import _forking
 from jobserver._fds import send_all, send_fds
 from jobserver._flight import Flight, Started, child_exit_status
+from jobserver._signals import deferred
 from jobserver._wire import TASK, encode
 from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
@@ -86,13 +87,17 @@ class RemoteLauncher:
         told["parent_pid"] = os.getpid()
         told["stays"] = started.stays
         frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload)
-        sock = socket.socket(fileno=os.dup(started.channel))
+        sock = None
         try:
-            with sock:
-                send_fds(sock, [tracker, *seat_fds, *prepared.pickled.fds])
-                send_all(sock, frame)
+            with deferred():  # else Ctrl-C could leave a descriptor that is nobody's
+                sock = _forking.duplicate_socket(started.channel)
+            send_fds(sock, [tracker, *seat_fds, *prepared.pickled.fds])
+            send_all(sock, frame)
         except (BrokenPipeError, ConnectionResetError):
             return
+        finally:
+            if sock is not None:
+                _forking.close_socket(sock)
 
     def hand_over(self, prepared: Prepared, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
         """Send the task to a worker that waits for one."""

@@ -22,6 +22,7 @@ import errno
 import itertools
 import os
 import pickle
+import signal
 import socket
 import struct
 import threading
@@ -149,6 +150,7 @@ class ZygoteClient:
             **foundations(),
             **known,
             "import_main": import_main,
+            "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
             "preload": [name for name in preload._preload_modules if name != "__main__"],
         }
         door, server = _forking.open_sockets(socket.SOCK_SEQPACKET)

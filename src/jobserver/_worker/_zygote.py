@@ -63,7 +63,11 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     # Ignored in the program, it would still be here, and nobody could reap the workers.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     told = pickle.loads(_read_exactly(alive, _LENGTH.unpack(_read_exactly(alive, 8))[0]))  # noqa: S301
+    # But the program waits for the import of main, and main may be such that it never ends.
+    if told.pop("interrupts"):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     failure = _prepare(told)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threaded = len(sys._current_frames()) > 1
     hooks: Any = util
     hooks._close_stdin()
