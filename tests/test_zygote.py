@@ -217,6 +217,36 @@ print(json.dumps(js.submit(os.getppid).result() == zygote))
     assert result is True
 
 
+INTERRUPTED = """
+js = Jobserver("forkserver", 1)
+try:
+    js.submit(os.getpid)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+print(js.submit(os.getppid).result() != os.getpid(), free(js))
+"""
+
+#: Main's import goes on for ever, when it is imported for the first time by a zygote.
+ENDLESS = """
+if __name__ != "__main__" and not os.path.exists({path!r}):
+    note({path!r})
+    time.sleep(600)
+"""
+
+
+@pytest.mark.contract("S18", "F22")
+def test_interrupt_while_main_is_imported(tmp_path: Path) -> None:
+    """Ctrl-C ends a zygote that has not been ready yet, and so the waiting for it."""
+    log = tmp_path / "log"
+    path = program(tmp_path, INTERRUPTED, ENDLESS.format(path=str(log)))
+    with started_program([path]) as process:
+        wait_until(log.exists, "main to be imported")
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+
+    assert (out.splitlines(), err) == (["interrupted", "True 1"], "")
+
+
 # When it is killed
 
 

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""An exception from a signal handler, at chosen instants inside of our own calls."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+import pytest
+from helpers import PATIENCE, Gate, free_slots, nothing, open_fds, run_program, settle, steady_fds
+
+from jobserver import Blocked, Jobserver
+from jobserver._reactor import Reactor
+from jobserver._slots._pool import SlotPool
+from jobserver._slots._section import new_fifo
+
+if TYPE_CHECKING:
+    import select
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Interrupted(BaseException):
+    """What the handler raises."""
+
+
+def _raise(signum: int, frame: object) -> None:
+    raise Interrupted
+
+
+def interrupt() -> None:
+    """Send this process the signal; where signals are deferred it is handled later."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    """SIGUSR1 raises."""
+    before = signal.signal(signal.SIGUSR1, _raise)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
+    """The next call of a function is followed by the signal; the block is left by the exception."""
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        found = original(*args, **kwargs)
+        interrupt()
+        return found
+
+    monkeypatch.setattr(owner, name, patched)
+    return pytest.raises(Interrupted)
+
+
+@pytest.mark.contract("S18", "N5")
+def test_job_that_was_just_started_keeps_its_slot(
+    method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted when the job is in flight already, submit leaves it its slot."""
+    with Jobserver(method, 1) as js:
+        js.submit(nothing).wait(PATIENCE)
+        with interrupted_after(monkeypatch, Reactor, "add"):
+            js.submit(gate.enter)
+        gate.await_entered(1)
+
+        with pytest.raises(Blocked):
+            js.submit(nothing, timeout=0)
+        gate.open()
+        settle(js)
+        assert js.submit(nothing, timeout=0).wait(PATIENCE)
+
+
+@pytest.mark.contract("S18")
+def test_slot_that_was_just_taken_is_free_in_the_handler(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted with a slot in hand, submit gives it back at once, not with the traceback."""
+    js = Jobserver("fork", 1)
+    with interrupted_after(monkeypatch, SlotPool, "try_take") as caught:
+        js.submit(nothing)
+    try:
+        raise caught.value
+    except Interrupted:
+        assert js.submit(nothing, timeout=0).wait(PATIENCE)
+    settle(js)
+    assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_delivery_interrupted_at_its_start(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between two steps of handing over the job, submit leaves no descriptor."""
+    with Jobserver(method, 1) as js:
+        js.submit(nothing).wait(PATIENCE)
+        gc.collect()
+        before = steady_fds(js)
+        with interrupted_after(monkeypatch, os, "dup"):
+            js.submit(nothing)
+
+        assert steady_fds(js) == before
+        assert js.submit(nothing, timeout=0).wait(PATIENCE)
+
+
+@pytest.mark.contract("S18", "J1")
+def test_construction_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while it is made, a Jobserver leaves no descriptor."""
+    gc.collect()
+    before = len(open_fds())
+    with interrupted_after(monkeypatch, os, "pipe"):
+        Jobserver("fork", 2)
+
+    gc.collect()
+    assert len(open_fds()) == before
+
+
+class _Poller:
+    """An epoll that is interrupted right after it has seen something."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+        self.interrupts = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+    def poll(self, timeout: float | None) -> Any:
+        found = self._epoll.poll(timeout)
+        if found and self.interrupts:
+            self.interrupts = False
+            interrupt()
+        return found
+
+
+def test_event_that_was_seen_and_not_heeded() -> None:
+    """What an interrupted wait has seen, the next one sees again."""
+    js = Jobserver("fork", 1)
+    reactor = js._shared.reactor
+    fifo = new_fifo(1)
+    os.write(fifo, b"!")
+    poller: Any = _Poller(reactor._poller())
+    reactor._epoll = poller
+    with pytest.raises(Interrupted):
+        reactor.wait(lambda: False, time.monotonic() + PATIENCE, arm=(fifo,))
+    tests = iter((False, True))
+
+    assert reactor.wait(lambda: next(tests), time.monotonic() + PATIENCE, arm=(fifo,))
+
+    reactor._epoll = poller._epoll
+    reactor.disarm(fifo)
+    os.close(fifo)
+
+
+NESTED = """
+import os, signal, sys, time
+from pathlib import Path
+from jobserver import Jobserver
+from helpers import PATIENCE, Gate, await_end, free_slots, nothing, process_state, wait_until
+
+class Interrupted(Exception):
+    pass
+
+def interrupted(signum, frame):
+    raise Interrupted
+
+def top(js, first, second):
+    return js.submit(middle, args=(js, first, second)).result()
+
+def middle(js, first, second):
+    signal.signal(signal.SIGUSR1, interrupted)
+    second.enter()
+    try:
+        js.submit(first.enter)
+    except Interrupted:
+        pass
+    else:
+        raise AssertionError("not interrupted")
+    first.open()
+    # The child's slot comes back to the pool, where the top job waits for one.
+    wait_until(lambda: (js.reclaim_resources(), "tracked=0" in repr(js))[1], "the child's end")
+    wait_until(lambda: not js._shared.slots.free(), "the top job to take the slot")
+    js.submit(nothing).wait()
+    return "went on"
+
+if __name__ == "__main__":
+    method, *directories = sys.argv[1:]
+    first, second, third = (Gate(Path(directory)) for directory in directories)
+    js = Jobserver(method, 1)
+    future = js.submit(top, args=(js, first, second))
+    (pid,) = second.await_entered(1)
+    second.open()
+    first.await_entered(1)
+    os.kill(pid, signal.SIGUSR1)
+    print(future.result(PATIENCE))
+    print(free_slots(js, third))
+"""
+
+
+@pytest.mark.contract("N3", "S18")
+def test_job_interrupted_after_lending(
+    method: str, tmp_path: Path, make_gate: Callable[[], Gate]
+) -> None:
+    """A job that an exception took out of submit without its slot does not starve in the next."""
+    script = tmp_path / "program.py"
+    script.write_text(NESTED)
+    gates = [make_gate().directory for _ in range(3)]
+
+    done = run_program([str(script), method, *gates])
+
+    assert (done.stdout, done.stderr) == ("went on\n1\n", "")
