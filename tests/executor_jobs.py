@@ -154,9 +154,11 @@ def initialized() -> list[str]:
     return _status
 
 
-def fail_to_initialize(path: str) -> None:
-    """Note the attempt, and have the log noted, then fail."""
+def fail_to_initialize(path: str, gate: Gate | None = None) -> None:
+    """Note the attempt, and have the log noted, then fail, as soon as the gate is open."""
     append(path, str(os.getpid()))
+    if gate is not None:
+        gate.enter()
     logging.getLogger("concurrent.futures").addHandler(logging.FileHandler(path + ".log"))
     raise LookupError("nothing to start from")
 
