@@ -222,9 +222,7 @@ def _status_for(_number: int) -> list[str]:
 
 
 @pytest.mark.contract("E7")
-def test_failing_initializer_breaks_the_executor(
-    method: str, tmp_path: Path, gate: Gate
-) -> None:
+def test_failing_initializer_breaks_the_executor(method: str, tmp_path: Path, gate: Gate) -> None:
     """All futures fail with BrokenProcessPool, then submit does; the failure is logged."""
     path = tmp_path / "log"
     with JobserverExecutor(1, method, fail_to_initialize, (str(path), gate)) as executor:

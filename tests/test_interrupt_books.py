@@ -11,9 +11,19 @@ import time
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
-from helpers import PATIENCE, Gate, free_slots, nothing, open_fds, run_program, settle, steady_fds
+from helpers import (
+    PATIENCE,
+    Gate,
+    await_end,
+    free_slots,
+    nothing,
+    open_fds,
+    run_program,
+    settle,
+    steady_fds,
+)
 
-from jobserver import Blocked, Jobserver
+from jobserver import Blocked, Jobserver, _callbacks
 from jobserver._reactor import Reactor
 from jobserver._slots._pool import SlotPool
 from jobserver._slots._section import new_fifo
@@ -118,6 +128,47 @@ def test_construction_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gc.collect()
     assert len(open_fds()) == before
+
+
+@pytest.mark.contract("F13", "F22")
+def test_callbacks_interrupted_before_they_begin(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted with a finished Future in hand, an observer leaves its callbacks to the next."""
+    js = Jobserver("fork", 2)
+    called: list[int] = []
+    futures = [js.submit(gate.enter) for _ in range(2)]
+    for number, future in enumerate(futures):
+        future.when_done(called.append, number)
+    workers = gate.await_entered(2)
+    gate.open()
+    for worker in workers:
+        await_end(worker)
+
+    with interrupted_after(monkeypatch, _callbacks, "_next"):
+        js.reclaim_resources()
+    assert called == []
+
+    js.reclaim_resources()
+    assert sorted(called) == [0, 1]
+
+
+@pytest.mark.contract("F22")
+def test_callback_interrupted() -> None:
+    """What interrupts a callback passes through; those after it are for the next observer."""
+    js = Jobserver("fork", 1)
+    called: list[str] = []
+    future = js.submit(nothing)
+    for callback in (lambda: called.append("first"), interrupt, lambda: called.append("last")):
+        future.when_done(callback)
+
+    with pytest.raises(Interrupted):
+        future.wait(PATIENCE)
+    assert called == ["first"]
+    assert future.wait(0)
+    assert called == ["first", "last"]
+    future.when_done(called.append, "later")
+    assert called == ["first", "last", "later"]
 
 
 class _Poller:

@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Optional
 
 from ._errors import CallbackRaised
+from ._signals import deferred
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -62,42 +63,53 @@ def issue_now(future: Future[Any]) -> None:
 
 def _issue(reactor: Optional[Reactor], future: Optional[Future[Any]]) -> None:
     here = _issuing
-    here.active = True
     try:
+        here.active = True
         while True:
             if future is not None:
                 _issue_of(future)
-            if here.later:
-                future = here.later.popleft()
-            elif reactor is not None:
-                with reactor.lock:
-                    if not reactor.ready:
-                        return
-                    future = reactor.ready.popleft()
-            else:
+            with deferred():  # else Ctrl-C could find one that is in no queue, and here neither
+                future = _next(here, reactor)
+            if future is None:
                 return
     finally:
         here.active = False
-        # A callback failed before these had their turn: the next observer takes them up.
+        # A callback failed: the next observer takes up the rest.
+        if future is not None:
+            _queue(future, first=True)
         while here.later:
-            left = here.later.popleft()
-            with left._reactor.lock:
-                left._reactor.ready.append(left)
+            _queue(here.later.popleft())
+
+
+def _next(here: _Issuing, reactor: Optional[Reactor]) -> Optional[Future[Any]]:
+    if here.later:
+        return here.later.popleft()
+    if reactor is None:
+        return None
+    with reactor.lock:
+        return reactor.ready.popleft() if reactor.ready else None
+
+
+def _queue(future: Future[Any], *, first: bool = False) -> None:
+    reactor = future._reactor
+    with reactor.lock:
+        if future._callbacks:
+            (reactor.ready.appendleft if first else reactor.ready.append)(future)
 
 
 def _issue_of(future: Future[Any]) -> None:
     """Issue the callbacks of one future until none is left, unless another thread is at it."""
     lock = future._reactor.lock
-    with lock:
-        if future._issuing:
-            return
-        future._issuing = True
+    mine = False
     try:
         while True:
             with lock:
+                if future._issuing and not mine:
+                    return
+                mine = future._issuing = True
                 if not future._callbacks:
                     # Under the lock: who registers after this finds nobody issuing.
-                    future._issuing = False
+                    future._issuing = mine = False
                     return
                 seqno, fn, args, kwargs = future._callbacks.popleft()
             try:
@@ -106,9 +118,6 @@ def _issue_of(future: Future[Any]) -> None:
                 raise
             except Exception as error:
                 raise CallbackRaised(seqno) from error
-    except BaseException:
-        with lock:
+    finally:
+        if mine:
             future._issuing = False
-            if future._callbacks:
-                future._reactor.ready.appendleft(future)
-        raise
