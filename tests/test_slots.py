@@ -150,7 +150,7 @@ def tight() -> Iterator[SlotPool]:
     """A pool that has a berth for each slot and no more, as when descriptors are scarce."""
     made = SlotPool.create(SLOTS)
     (section,) = made.sections
-    made.sections = [Section(section.pipe, section.berths[:SLOTS])]
+    made.sections = [Section(section.pipe, section.berths[:SLOTS], 0)]
     yield made
     made.sections = [section]
     made.close()

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import deque
 from multiprocessing.context import BaseContext, get_spawning_popen
+from signal import SIGKILL
 from typing import Any, Optional, Union
 
 from . import _forking
@@ -159,8 +160,13 @@ class Shared:
         worker = lease.worker
         if worker is None:
             return False
-        with signals.lifted():  # large arguments may take their time
-            done = self.launcher.hand_over(prepared, seat, worker, fresh=worker.known is not lease)
+        try:
+            with signals.lifted():  # large arguments may take their time
+                fresh = worker.known is not lease
+                done = self.launcher.hand_over(prepared, seat, worker, fresh=fresh)
+        except BaseException:
+            worker.send_signal(SIGKILL)  # it may have heard all
+            raise
         if done:
             self.reactor.assign(future, worker, lease)
         else:
