@@ -272,7 +272,7 @@ class Engine:
     def _found(self) -> bool:
         due = self._due()
         if self._backlog and not self._shared.closed:
-            self._lease = self._shared.slots.try_take() or self._patience.lend()
+            self._lease = self._shared.reactor.crew.try_take() or self._patience.lend()
         return due or self._lease is not None or not self._backlog or self._cancelling
 
     def _turn(self, sought: bool) -> None:

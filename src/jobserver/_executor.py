@@ -166,7 +166,7 @@ def _own_jobserver(
         raise ValueError("max_workers must be greater than 0")
     if max_tasks is not None and context is None:
         context = "spawn"
-    jobserver = Jobserver(context, count)
+    jobserver = Jobserver(context, count, max_tasks_per_child=max_tasks)
     if max_tasks is not None and jobserver.context.get_start_method() == "fork":
         raise ValueError(
             "max_tasks_per_child is incompatible with the 'fork' start method;"

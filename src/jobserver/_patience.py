@@ -105,7 +105,9 @@ class Patience:
         if not self._counts or not own.attach(self._shared.slots):
             return None
         lease = own.lend_to_child()
-        if lease is None and not self._shared.reactor.lends_below():
+        if lease is not None:
+            self._shared.reactor.crew.take_for(lease)
+        elif not self._shared.reactor.lends_below():
             self._ring()
         return lease
 
