@@ -43,13 +43,14 @@ class Admission:
     def __init__(self, reactor: Reactor) -> None:
         self.reactor = reactor
 
-    def reap(self) -> None:
+    def reap(self, *, keep: bool = False) -> None:
         """Take note of what has ended, and issue its callbacks."""
-        self.reactor.reap()
+        self.reactor.reap(keep=keep)
         issue_due(self.reactor)
 
     def gate(self, sleep_fn: Callable[[], Optional[float]], deadline: Optional[float]) -> None:
         """Ask ``sleep_fn`` until it lets the work in; reaps meanwhile."""
+        self.reactor.unload()
         while True:
             pause = check_pause(sleep_fn())
             if pause is None:
@@ -88,6 +89,9 @@ class Admission:
         """
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
         crew = reactor.crew
+        lease = self._take_free(until)
+        if lease is not None:
+            return lease
         lends = deadline is None and own.attach(slots)
         bell = _Bell(own)
         taken: list[Lease] = []
@@ -143,14 +147,33 @@ class Admission:
         finally:
             bell.hush()
 
+    def _take_free(self, until: Optional[Future[Any]]) -> Optional[Lease]:
+        """Take a slot that is free at this instant, unless something else comes first."""
+        reactor = self.reactor
+        with reactor.lock:
+            lease = None
+            if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
+                lease = reactor.crew.try_take()
+            reactor.crew.unload()
+            return lease
+
     def _refuse_closed(self) -> None:
         if self.reactor.closed:
             raise RuntimeError("Jobserver is closed")
 
-    def give_back(self, lease: Lease) -> None:
-        """Return what ``take`` has given: the job it was for could not be started."""
+    def give_back(self, lease: Lease, *, unheard: bool = False) -> None:
+        """
+        Return what ``take`` has given: there is no job for it, or none that could be started.
+
+        Args:
+            lease: What was taken.
+            unheard: The worker that it leads to has been sent nothing, and can go on.
+        """
         reactor = self.reactor
         if lease.worker is not None:
+            if unheard and not own_slot().lent:
+                reactor.put_back(lease)
+                return
             reactor.dismiss(lease)  # it may have heard part of the job
         with reactor.lock:
             own = own_slot()

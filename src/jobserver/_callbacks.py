@@ -65,6 +65,8 @@ def _issue(reactor: Optional[Reactor], future: Optional[Future[Any]]) -> None:
     here = _issuing
     try:
         here.active = True
+        if reactor is not None:
+            reactor.unload()
         while True:
             if future is not None:
                 _issue_of(future)

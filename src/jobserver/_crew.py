@@ -10,6 +10,10 @@ Guarantees:
   rest are, whichever process they belong to; who finds no seat for a worker lets it end.
 * A worker is in one place at a time: at rest here, in the hand of a thread that is about to give it
   a job (then the lease that the thread took leads to it), or at work.
+* A token that comes back to a busy process stays with its worker until that process has looked
+  whether it has another job: ``unload`` puts it into the pool, before the process waits and before
+  it runs code of the user's. Not for longer than ``_TURN`` on end, or processes that wait for a
+  token would never get one from a busier one.
 * A worker at rest ends when its owner does, as its channel does; and by itself after a while. It
   then closes its ear before it looks for a job for the last time, so that a job that was sent has
   been heard, or sending it fails.
@@ -19,6 +23,7 @@ The caller holds the lock of the reactor.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING, Optional
 
 from ._slots._lease import Lease
@@ -26,6 +31,9 @@ from ._slots._lease import Lease
 if TYPE_CHECKING:
     from ._flight import Flight
     from ._slots._pool import SlotPool
+
+# How many seconds a process may hand a token from job to job, past others who wait for one.
+_TURN = 0.05
 
 
 class Crew:
@@ -43,6 +51,8 @@ class Crew:
         self.warm: bool = tasks != 1
         # The one that came last is warmest, and goes first; the others grow old and end.
         self._resting: list[Flight] = []
+        # Those among them who still have the token of their last job.
+        self._loaded: list[Flight] = []
 
     def __len__(self) -> int:
         return len(self._resting)
@@ -51,6 +61,12 @@ class Crew:
         """Take a free token for the next job, for a worker at rest if possible."""
         if not self.warm:
             return self.slots.try_take()
+        if self._loaded:
+            flight = self._loaded.pop()
+            self._resting.remove(flight)
+            assert flight.seat is not None  # noqa: S101  # what being at rest means
+            self._hand_out(flight, flight.seat)
+            return flight.seat
         empty = None
         for flight in reversed(self._resting):
             lease = flight.seat
@@ -58,13 +74,17 @@ class Crew:
             if lease.section is empty:
                 continue
             if lease.refill():
+                lease.since = monotonic()
                 self._resting.remove(flight)
                 self._hand_out(flight, lease)
                 return lease
             empty = lease.section
             if len(self.slots.sections) == 1:
                 return None
-        return self.slots.try_take(seat=True)
+        lease = self.slots.try_take(seat=True)
+        if lease is not None:
+            lease.since = monotonic()
+        return lease
 
     def take_for(self, lease: Lease) -> None:
         """Choose a worker at rest for a token that the job itself has given away."""
@@ -84,7 +104,10 @@ class Crew:
             lease: Its own, with the token of its last job; None if it has lost that.
         """
         if lease is not None and lease.seated:
-            lease.drain()
+            if monotonic() - lease.since < _TURN:
+                self._loaded.append(flight)
+            else:
+                lease.drain()
         else:
             if lease is not None:
                 lease.release()
@@ -95,24 +118,33 @@ class Crew:
         self._resting.append(flight)
         return True
 
+    def unload(self) -> None:
+        """Put the tokens of workers at rest into the pool."""
+        while self._loaded:
+            seat = self._loaded.pop().seat
+            if seat is not None:
+                seat.drain()
+
     def leave(self, flight: Flight) -> bool:
         """Take out a worker that has ended by itself; False if it is not at rest."""
         if flight not in self._resting:
             return False
         self._resting.remove(flight)
+        if flight in self._loaded:
+            self._loaded.remove(flight)
         self.unseat(flight)
         return True
 
     def dissolve(self) -> list[Flight]:
         """Take out all workers at rest; they are the caller's to end."""
-        gone, self._resting = self._resting, []
+        gone, self._resting, self._loaded = self._resting, [], []
         for flight in gone:
             self.unseat(flight)
         return gone
 
     def forget(self) -> None:
         """In a forked child: they are the parent's."""
-        self._resting = []
+        self._resting, self._loaded = [], []
 
     def unseat(self, flight: Flight) -> None:
         """Give up the seat of a worker that is to end."""

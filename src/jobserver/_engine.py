@@ -246,12 +246,13 @@ class Engine:
                 arm=(*arm, *reactor.slots.filenos()),
                 tick=_TICK,
                 on_tick=reactor.slots.sweep,
+                keep=True,
             )
         else:
             # An endless pause (inf) is slept in days, which epoll can count.
             alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
             tick = None if head is None else _TICK
-            reactor.wait(self._due, alarm, target=self._sink, arm=arm, tick=tick)
+            reactor.wait(self._due, alarm, target=self._sink, arm=arm, tick=tick, keep=True)
         return head is not None
 
     def _starve(self, error: OSError) -> None:
@@ -278,21 +279,37 @@ class Engine:
     def _turn(self, sought: bool) -> None:
         if self._wakeup is not None:
             self._wakeup.quiet()
+        lease, self._lease = self._lease, None
+        found = lease is not None
+        while lease is not None:
+            self._launch(lease)
+            lease = self._take_free()
+        self._shared.reactor.unload()  # what follows is code of the user's
         while self._sink:
             self._complete(self._sink.popleft())
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            self._launch(lease)
+        if found:
+            pass
         elif self._shared.closed:
             self._backlog.fail_all(RuntimeError("Jobserver is closed"))
         elif self._cancelling and sought:
             self.stop(cancel=True, start=False)
 
+    def _take_free(self) -> Optional[Lease]:
+        """Take a slot for the next call, if there is one at this instant for both."""
+        head = self._backlog.head()
+        if head is None or not head.admitted or self._shared.closed:
+            return None
+        with self._shared.reactor.lock:
+            try:
+                return self._shared.reactor.crew.try_take()
+            except OSError:  # there is no descriptor for it; who waits for a slot tells
+                return None
+
     def _launch(self, lease: Lease) -> None:
         """Start the next call on ``lease``."""
         found = self._backlog.take()
         if found is None:
-            self._shared.admission.give_back(lease)
+            self._shared.admission.give_back(lease, unheard=True)
             return
         promise, call = found
         try:
@@ -359,7 +376,7 @@ class Engine:
     def _close(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            self._shared.admission.give_back(lease)
+            self._shared.admission.give_back(lease, unheard=True)
         if self._wakeup is not None:
             self._wakeup.close()
         if self._owns:

@@ -164,7 +164,7 @@ class Jobserver:
         """Submit what has been checked; None when ``until`` was done before a slot was free."""
         shared = self._shared
         shared.refuse_closed()
-        shared.admission.reap()
+        shared.admission.reap(keep=True)
         gate = self._sleep_fn if sleep_fn is None else sleep_fn
         if gate is not None:
             shared.admission.gate(gate, deadline)
@@ -173,6 +173,8 @@ class Jobserver:
             lease = shared.admission.take(deadline, until)
             if lease is None:
                 return None
+        else:
+            shared.reactor.unload()
         return shared.start(task, lease, lends=self._lend)
 
     def map(

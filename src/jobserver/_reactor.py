@@ -124,17 +124,40 @@ class Reactor:
             flight.lingers = True
             self._lingering += 1
 
+    def put_back(self, lease: Lease) -> None:
+        """Let the worker rest again that was in the hand of this thread, with ``lease``."""
+        with self.lock:
+            flight, lease.worker = lease.worker, None
+            flight.let_go()
+            gone = flight.channel < 0 or flight.exited or self.closed
+            if gone or not self.crew.rest(flight, lease):
+                lease.release()
+                self._dismiss(flight)
+            self.crew.unload()
+            self.wake_seekers()
+
     def dissolve(self) -> None:
         """Let all workers at rest end."""
         with self.lock:
             self._dissolve()
 
+    def unload(self) -> None:
+        """Put back the tokens that workers at rest still have."""
+        if self.crew:
+            with self.lock:
+                self.crew.unload()
+
     def _dissolve(self) -> None:
         for flight in self.crew.dissolve():
             self._dismiss(flight)
 
-    def reap(self) -> None:
-        """Take note of all that has ended, without waiting."""
+    def reap(self, *, keep: bool = False) -> None:
+        """
+        Take note of all that has ended, without waiting.
+
+        Args:
+            keep: The caller is about to take a token, and to have the rest unloaded.
+        """
         if not self._watched:
             return
         with deferred(), self.lock:
@@ -144,6 +167,8 @@ class Reactor:
                 return  # no descriptor to tell the leader by, who so must see to it himself
             if self._handle(self._poller().poll(0)):
                 self._nudge_leader()
+            if not keep:
+                self.crew.unload()
 
     def wait(
         self,
@@ -154,6 +179,7 @@ class Reactor:
         arm: Sequence[int] = (),
         tick: Optional[float] = None,
         on_tick: Callable[[], Any] = lambda: None,
+        keep: bool = False,
     ) -> bool:
         """
         Wait until ``test()`` holds.
@@ -165,13 +191,13 @@ class Reactor:
             arm: More descriptors whose readability is a reason to test again.
             tick: After so many seconds of fruitless waiting ...
             on_tick: ... call this, again and again.
+            keep: See ``reap``.
 
         Returns:
             What the last test said.
         """
-        self.reap()
         with deferred() as signals:
-            return self._wait(signals, test, deadline, target, arm, tick, on_tick)
+            return self._wait(signals, test, deadline, target, arm, tick, on_tick, keep)
 
     def _wait(
         self,
@@ -182,14 +208,22 @@ class Reactor:
         arm: Sequence[int],
         tick: Optional[float],
         on_tick: Callable[[], Any],
+        keep: bool,
     ) -> bool:
         sleeper = Sleeper(target, bool(arm))
-        leading = False
+        leading = polled = False
         try:
             while True:
+                if not polled:
+                    with self.lock:
+                        if test():
+                            return True
+                    polled = True
+                    self.reap(keep=True)  # also if another thread leads, or there is no time left
                 with self.lock:
                     if test():
                         return True
+                    self.crew.unload()
                     pause = pause_until(deadline, tick)
                     if pause is not None and pause <= 0:
                         return False
@@ -210,6 +244,8 @@ class Reactor:
                     on_tick()
         finally:
             with self.lock:
+                if not keep:
+                    self.crew.unload()
                 self._followers.pop(sleeper, None)
                 if leading:
                     self._leading = False

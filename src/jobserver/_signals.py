@@ -15,9 +15,11 @@ handler here all the same: there this makes such an exception rare, not impossib
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import os
 import signal
 import threading
 from collections.abc import Iterable
+from threading import get_ident
 from typing import Any
 
 _NAMES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1)
@@ -30,20 +32,20 @@ _SETMASK = int(signal.SIG_SETMASK)
 
 # What the main thread had blocked when it came into our code; None while it is outside.
 _outside: Any = None
+_main = threading.main_thread().ident
 
 
 class Deferred:
-    """Signals are blocked inside; may be nested."""
+    """Signals are blocked inside; costs nothing inside of another one."""
 
-    __slots__ = ("_before", "_outermost")
+    __slots__ = ("_outermost",)
 
     def __init__(self) -> None:
-        self._before: Any = None
         self._outermost = False
 
     def __enter__(self) -> Deferred:  # noqa: PYI034  # Self came with Python 3.11
         global _outside  # noqa: PLW0603
-        if threading.get_ident() == _main_ident():
+        if _outside is None and get_ident() == _main:
             before = _mask(_BLOCK, ())
             try:
                 # Runs the handlers of what has come just before; if one raises we are not in yet.
@@ -51,43 +53,47 @@ class Deferred:
             except BaseException:
                 _mask(_SETMASK, before)
                 raise
-            self._before = before
-            if _outside is None:
-                _outside = self._before
-                self._outermost = True
+            _outside = before
+            self._outermost = True
         return self
 
     def __exit__(self, *exc: object) -> None:
         global _outside  # noqa: PLW0603
-        before, self._before = self._before, None
-        if before is not None:
-            if self._outermost:
-                _outside = None
+        if self._outermost:
+            self._outermost = False
+            before, _outside = _outside, None
             _mask(_SETMASK, before)
 
     def lifted(self) -> _Lifted:
         """Return a context in which signals are let through, as they were outside."""
-        return _Lifted(self._before)
+        return _Lifted()
 
 
 class _Lifted:
     __slots__ = ("_outside",)
 
-    def __init__(self, outside: Any) -> None:
-        self._outside = outside
+    def __init__(self) -> None:
+        self._outside: Any = None
 
     def __enter__(self) -> None:
-        if self._outside is not None:
+        global _outside  # noqa: PLW0603
+        if _outside is not None and get_ident() == _main:
+            # A handler may come back into our code, where signals are then to be blocked again.
+            self._outside, _outside = _outside, None
             try:
                 _mask(_SETMASK, self._outside)
             except BaseException:
                 # What was pending has raised, and nobody will call __exit__.
-                _mask(_BLOCK, _DEFERRED)
+                self.__exit__()
                 raise
 
     def __exit__(self, *exc: object) -> None:
+        global _outside  # noqa: PLW0603
         if self._outside is not None:
-            _mask(_BLOCK, _DEFERRED)
+            try:
+                _mask(_BLOCK, _DEFERRED)
+            finally:
+                _outside = self._outside
 
 
 def deferred() -> Deferred:
@@ -97,7 +103,7 @@ def deferred() -> Deferred:
 
 def outside() -> Iterable[int]:
     """Return which signals this thread has blocked outside of our code: what a worker inherits."""
-    if _outside is not None and threading.get_ident() == _main_ident():
+    if _outside is not None and get_ident() == _main:
         return _outside  # type: ignore[no-any-return]
     return _mask(_BLOCK, ())  # type: ignore[no-any-return]
 
@@ -109,5 +115,11 @@ def restore(mask: Iterable[int]) -> None:
     _mask(_SETMASK, mask)
 
 
-def _main_ident() -> Any:
-    return threading.main_thread().ident
+
+def _after_fork_in_child() -> None:
+    global _main, _outside  # noqa: PLW0603
+    if _main != get_ident():
+        _main, _outside = get_ident(), None  # another thread's signals were deferred
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Lease:
     """A token taken out of a pool; made by ``SlotPool.try_take`` and ``SlotPool.adopt`` only."""
 
-    __slots__ = ("_epoch", "_fd", "_token", "berth", "pool", "section", "worker")
+    __slots__ = ("_epoch", "_fd", "_token", "berth", "pool", "section", "since", "worker")
 
     def __init__(
         self, pool: SlotPool, fd: int, berth: int, section: Section, token: bytes = b""
@@ -44,6 +44,7 @@ class Lease:
         self.berth: int = berth
         # Who is to run on it: a worker that has run other jobs, if any (a Flight).
         self.worker: Any = None
+        self.since = 0.0  # when such a worker's token was last taken from the pool
         self._fd = fd
         self._token = token
         self._epoch = epoch()
