@@ -29,7 +29,7 @@ from . import _forking
 from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
-from ._signals import Deferred, deferred
+from ._signals import Deferred, DeferringLock, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
@@ -57,7 +57,7 @@ class Reactor:
     def __init__(self, slots: SlotPool, crew: Crew) -> None:
         self.slots = slots
         self.crew = crew
-        self.lock: threading.Lock = threading.Lock()
+        self.lock = DeferringLock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
         # Futures that this job, having lent its slot, waits for: it goes on with their slot.
@@ -73,7 +73,7 @@ class Reactor:
         self._nudge = -1
         self._closings = 0  # how often a watched descriptor has been closed
         self._lingering = 0  # workers that have answered and are not reaped yet
-        self._leading = False
+        self._leading = 0  # the thread that polls for all; 0 for none
         self._followers: dict[Sleeper, None] = {}
         _forking.track(self, at_leisure=True)
 
@@ -137,7 +137,7 @@ class Reactor:
         """Take note of all that has ended, without waiting."""
         if not self._watched:
             return
-        with deferred(), self.lock:
+        with self.lock:
             try:
                 self._prepare_nudge()
             except OSError:
@@ -184,6 +184,9 @@ class Reactor:
         on_tick: Callable[[], Any],
     ) -> bool:
         sleeper = Sleeper(target, bool(arm))
+        me = threading.get_ident()
+        # In a signal handler, which has interrupted this very thread while it polled.
+        nested = self._leading == me
         leading = False
         try:
             while True:
@@ -195,9 +198,11 @@ class Reactor:
                         return False
                     for fd in arm:
                         self._arm(fd)
-                    leading = leading or not self._leading
+                    if nested:
+                        self._prepare_nudge()  # for the end of this wait
+                    leading = leading or nested or not self._leading
                     if leading:
-                        self._leading = True
+                        self._leading = me
                     else:
                         self._followers[sleeper] = None
                 poller = self._poller()
@@ -211,11 +216,14 @@ class Reactor:
         finally:
             with self.lock:
                 self._followers.pop(sleeper, None)
-                if leading:
-                    self._leading = False
+                if nested:
+                    self._nudge_leader()  # what it polls for may have been taken here
+                elif leading:
+                    self._leading = 0
                 if not self._leading:
                     if self._followers:
-                        next(iter(self._followers)).wake()
+                        # The last one, as only that may be waiting in a handler of its thread.
+                        next(reversed(self._followers)).wake()
                     else:
                         self._retire()
 
@@ -439,7 +447,7 @@ class Reactor:
             future._foreign = True
         self.crew.forget()
         self._nudge = -1
-        self.lock = threading.Lock()
+        self.lock = DeferringLock()
         self.ready = deque()
         self.claimed = set()
         self.starving = 0
@@ -447,7 +455,7 @@ class Reactor:
         self._watched = {}
         self._armed = set()
         self._lingering = 0
-        self._leading = False
+        self._leading = 0
         self._followers = {}
         _active.discard(self)
 

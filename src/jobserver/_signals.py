@@ -15,6 +15,7 @@ handler here all the same: there this makes such an exception rare, not impossib
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ _SETMASK = int(signal.SIG_SETMASK)
 
 # What the main thread had blocked when it came into our code; None while it is outside.
 _outside: Any = None
+# Whether the main thread is where signals wait, rather than in a call that lets them through.
+_waiting = False
 
 
 class Deferred:
@@ -42,8 +45,8 @@ class Deferred:
         self._outermost = False
 
     def __enter__(self) -> Deferred:  # noqa: PYI034  # Self came with Python 3.11
-        global _outside  # noqa: PLW0603
-        if threading.get_ident() == _main_ident():
+        global _outside, _waiting  # noqa: PLW0603
+        if not _waiting and threading.get_ident() == _main_ident():
             before = _mask(_BLOCK, ())
             try:
                 # Runs the handlers of what has come just before; if one raises we are not in yet.
@@ -51,6 +54,7 @@ class Deferred:
             except BaseException:
                 _mask(_SETMASK, before)
                 raise
+            _waiting = True
             self._before = before
             if _outside is None:
                 _outside = self._before
@@ -58,11 +62,12 @@ class Deferred:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _outside  # noqa: PLW0603
+        global _outside, _waiting  # noqa: PLW0603
         before, self._before = self._before, None
         if before is not None:
             if self._outermost:
                 _outside = None
+            _waiting = False
             _mask(_SETMASK, before)
 
     def lifted(self) -> _Lifted:
@@ -77,17 +82,55 @@ class _Lifted:
         self._outside = outside
 
     def __enter__(self) -> None:
+        global _waiting  # noqa: PLW0603
         if self._outside is not None:
+            _waiting = False
             try:
                 _mask(_SETMASK, self._outside)
             except BaseException:
                 # What was pending has raised, and nobody will call __exit__.
-                _mask(_BLOCK, _DEFERRED)
+                self.__exit__()
                 raise
 
     def __exit__(self, *exc: object) -> None:
+        global _waiting  # noqa: PLW0603
         if self._outside is not None:
-            _mask(_BLOCK, _DEFERRED)
+            try:
+                _mask(_BLOCK, _DEFERRED)
+            finally:
+                _waiting = True
+
+
+class DeferringLock:
+    """A lock under which signals wait: so that no handler waits for what its own thread holds."""
+
+    __slots__ = ("_deferred", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deferred = Deferred()  # of whoever holds the lock
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Acquire the lock; False if that is not possible without blocking."""
+        mine = Deferred()
+        mine.__enter__()
+        if not self._lock.acquire(blocking):
+            mine.__exit__()
+            return False
+        self._deferred = mine
+        return True
+
+    def release(self) -> None:
+        """Release it."""
+        mine = self._deferred
+        self._lock.release()
+        mine.__exit__()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
 
 def deferred() -> Deferred:
@@ -104,9 +147,18 @@ def outside() -> Iterable[int]:
 
 def restore(mask: Iterable[int]) -> None:
     """In a new worker: have just these signals blocked."""
-    global _outside  # noqa: PLW0603
-    _outside = None
+    _start_afresh()
     _mask(_SETMASK, mask)
+
+
+def _start_afresh() -> None:
+    # The thread that has forked may not be the one that was the main thread.
+    global _outside, _waiting  # noqa: PLW0603
+    _outside = None
+    _waiting = False
+
+
+os.register_at_fork(after_in_child=_start_afresh)
 
 
 def _main_ident() -> Any:
