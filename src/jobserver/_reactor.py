@@ -81,12 +81,14 @@ class Reactor:
         """Track a job that has just been started."""
         flight = Flight(started, lease, self._unwatch, future)
         with self.lock:
-            self._watch(flight.channel, flight)
             try:
+                self._watch(flight.channel, flight)
                 if flight.pidfd >= 0:
                     self._watch(flight.pidfd, flight)
             except BaseException:
-                self._unwatch(flight.channel)
+                if flight.channel in self._watched:
+                    self._unwatch(flight.channel)
+                flight.forget()  # its descriptors are the caller's to close
                 raise
             self.running[future] = flight
             _active.add(self)
