@@ -16,11 +16,14 @@ from helpers import (
     Gate,
     await_end,
     free_slots,
+    has_ended,
     nothing,
     open_fds,
+    pid,
     run_program,
     settle,
     steady_fds,
+    wait_until,
 )
 
 from jobserver import Blocked, Jobserver, _callbacks
@@ -55,28 +58,32 @@ def handler() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def interrupted_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, owner: Any, *names: str) -> Any:
     """The next call of a function is followed by the signal; the block is left by the exception."""
-    original: Callable[..., Any] = getattr(owner, name)
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.undo()
-        found = original(*args, **kwargs)
-        interrupt()
-        return found
+    def patch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            monkeypatch.undo()
+            found = original(*args, **kwargs)
+            interrupt()
+            return found
 
-    monkeypatch.setattr(owner, name, patched)
+        return patched
+
+    for name in names:
+        monkeypatch.setattr(owner, name, patch(getattr(owner, name)))
     return pytest.raises(Interrupted)
 
 
 @pytest.mark.contract("S18", "N5")
+@pytest.mark.parametrize("tasks", [1, None])
 def test_job_that_was_just_started_keeps_its_slot(
-    method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    method: str, tasks: int | None, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted when the job is in flight already, submit leaves it its slot."""
-    with Jobserver(method, 1) as js:
+    with Jobserver(method, 1, max_tasks_per_child=tasks) as js:
         js.submit(nothing).wait(PATIENCE)
-        with interrupted_after(monkeypatch, Reactor, "add"):
+        with interrupted_after(monkeypatch, Reactor, "add", "assign"):
             js.submit(gate.enter)
         gate.await_entered(1)
 
@@ -103,11 +110,28 @@ def test_slot_that_was_just_taken_is_free_in_the_handler(
     assert free_slots(js, gate) == 1
 
 
+@pytest.mark.contract("S18", "N5")
+def test_handing_over_interrupted_at_its_end(
+    method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When handing a job over is interrupted, a worker that has heard all of it is ended."""
+    with Jobserver(method, 1, max_tasks_per_child=None) as js:
+        js.submit(nothing).wait(PATIENCE)
+        launcher = type(js._shared.launcher)
+        with interrupted_after(monkeypatch, launcher, "hand_over"):
+            js.submit(gate.enter)
+
+        worker = js.submit(pid, timeout=0).result(PATIENCE)
+        settle(js)
+        wait_until(lambda: all(map(has_ended, gate.entered())), "the worker to end")
+        assert worker not in gate.entered()
+
+
 @pytest.mark.contract("S18")
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_delivery_interrupted_at_its_start(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted between two steps of handing over the job, submit leaves no descriptor."""
-    with Jobserver(method, 1) as js:
+    with Jobserver(method, 1, max_tasks_per_child=1) as js:
         js.submit(nothing).wait(PATIENCE)
         gc.collect()
         before = steady_fds(js)
@@ -135,7 +159,7 @@ def test_callbacks_interrupted_before_they_begin(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted with a finished Future in hand, an observer leaves its callbacks to the next."""
-    js = Jobserver("fork", 2)
+    js = Jobserver("fork", 2, max_tasks_per_child=1)
     called: list[int] = []
     futures = [js.submit(gate.enter) for _ in range(2)]
     for number, future in enumerate(futures):

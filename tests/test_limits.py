@@ -84,23 +84,30 @@ FIRST = (
     PRELUDE
     + """
 if __name__ == "__main__":
-    warm = Jobserver(method, 1)
-    warm.submit(nothing).result(PATIENCE)
-    steady_fds(warm)
+    tasks = None if sys.argv[3] == "warm" else 1
+    other = Jobserver(method, 1, max_tasks_per_child=1)
+    other.submit(nothing).result(PATIENCE)
+    steady_fds(other)
     usual = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     refused = 0
     for spare in range(10):
-        js = Jobserver(method, 2)
+        js = Jobserver(method, 2, max_tasks_per_child=tasks)
         used = open_fds()
         free = [number for number in range(1000) if number not in used]
         limit(resource.RLIMIT_NOFILE, free[spare])
+        taken = []
         try:
             js.submit(os.getpid, timeout=PATIENCE)
         except OSError as error:
             assert error.errno == errno.EMFILE, error
             assert "tracked=0" in repr(js)
             refused += 1
+            # Numbers that were closed are used anew, and nothing of the failed call closes them.
+            limit(resource.RLIMIT_NOFILE, usual)
+            taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(6)]
         limit(resource.RLIMIT_NOFILE, usual)
+        for number in taken:
+            os.close(number)
         settle(js)
         assert js.submit(identity, args=(1,)).result(PATIENCE) == 1
         # The user's own fork finds nothing to close that is not there.
@@ -115,12 +122,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.contract("S18")
-def test_descriptor_limit_at_the_first_submit(method: str, tmp_path: Path, gate: Gate) -> None:
+@pytest.mark.parametrize("tasks", ["fresh", "warm"])
+def test_descriptor_limit_at_the_first_submit(
+    method: str, tasks: str, tmp_path: Path, gate: Gate
+) -> None:
     """A Jobserver whose first submit finds no descriptor has nothing in flight, and works on."""
     script = tmp_path / "program.py"
     script.write_text(FIRST)
 
-    done = run_program([str(script), method, gate.directory])
+    done = run_program([str(script), method, gate.directory, tasks])
 
     assert (done.stdout, done.stderr) == ("2\n", "")
 

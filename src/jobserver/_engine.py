@@ -380,6 +380,7 @@ class Engine:
         if self._wakeup is not None:
             self._wakeup.close()
         if self._owns:
+            self._shared.reactor.dissolve()
             self._shared.reactor.reap_lingering(_LINGER)
             self._shared.reactor.close()
 

@@ -29,7 +29,7 @@ from . import _forking
 from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
-from ._signals import Deferred, deferred
+from ._signals import Deferred, DeferringLock, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
@@ -57,7 +57,7 @@ class Reactor:
     def __init__(self, slots: SlotPool, crew: Crew) -> None:
         self.slots = slots
         self.crew = crew
-        self.lock: threading.Lock = threading.Lock()
+        self.lock = DeferringLock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
         # Futures that this job, having lent its slot, waits for: it goes on with their slot.
@@ -73,7 +73,7 @@ class Reactor:
         self._nudge = -1
         self._closings = 0  # how often a watched descriptor has been closed
         self._lingering = 0  # workers that have answered and are not reaped yet
-        self._leading = False
+        self._leading = 0  # the thread that polls for all; 0 for none
         self._followers: dict[Sleeper, None] = {}
         _forking.track(self, at_leisure=True)
 
@@ -81,12 +81,14 @@ class Reactor:
         """Track a job that has just been started."""
         flight = Flight(started, lease, self._unwatch, future)
         with self.lock:
-            self._watch(flight.channel, flight)
             try:
+                self._watch(flight.channel, flight)
                 if flight.pidfd >= 0:
                     self._watch(flight.pidfd, flight)
             except BaseException:
-                self._unwatch(flight.channel)
+                if flight.channel in self._watched:
+                    self._unwatch(flight.channel)
+                flight.forget()  # its descriptors are the caller's to close
                 raise
             self.running[future] = flight
             _active.add(self)
@@ -160,7 +162,7 @@ class Reactor:
         """
         if not self._watched:
             return
-        with deferred(), self.lock:
+        with self.lock:
             try:
                 self._prepare_nudge()
             except OSError:
@@ -211,6 +213,9 @@ class Reactor:
         keep: bool,
     ) -> bool:
         sleeper = Sleeper(target, bool(arm))
+        me = threading.get_ident()
+        # In a signal handler, which has interrupted this very thread while it polled.
+        nested = self._leading == me
         leading = polled = False
         try:
             while True:
@@ -229,9 +234,11 @@ class Reactor:
                         return False
                     for fd in arm:
                         self._arm(fd)
-                    leading = leading or not self._leading
+                    if nested:
+                        self._prepare_nudge()  # for the end of this wait
+                    leading = leading or nested or not self._leading
                     if leading:
-                        self._leading = True
+                        self._leading = me
                     else:
                         self._followers[sleeper] = None
                 poller = self._poller()
@@ -247,11 +254,14 @@ class Reactor:
                 if not keep:
                     self.crew.unload()
                 self._followers.pop(sleeper, None)
-                if leading:
-                    self._leading = False
+                if nested:
+                    self._nudge_leader()  # what it polls for may have been taken here
+                elif leading:
+                    self._leading = 0
                 if not self._leading:
                     if self._followers:
-                        next(iter(self._followers)).wake()
+                        # The last one, as only that may be waiting in a handler of its thread.
+                        next(reversed(self._followers)).wake()
                     else:
                         self._retire()
 
@@ -475,7 +485,7 @@ class Reactor:
             future._foreign = True
         self.crew.forget()
         self._nudge = -1
-        self.lock = threading.Lock()
+        self.lock = DeferringLock()
         self.ready = deque()
         self.claimed = set()
         self.starving = 0
@@ -483,7 +493,7 @@ class Reactor:
         self._watched = {}
         self._armed = set()
         self._lingering = 0
-        self._leading = False
+        self._leading = 0
         self._followers = {}
         _active.discard(self)
 

@@ -96,6 +96,38 @@ class _Lifted:
                 _outside = self._outside
 
 
+class DeferringLock:
+    """A lock under which signals wait: so that no handler waits for what its own thread holds."""
+
+    __slots__ = ("_deferred", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deferred = Deferred()  # of whoever holds the lock
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Acquire the lock; False if that is not possible without blocking."""
+        mine = Deferred()
+        mine.__enter__()
+        if not self._lock.acquire(blocking):
+            mine.__exit__()
+            return False
+        self._deferred = mine
+        return True
+
+    def release(self) -> None:
+        """Release it."""
+        mine = self._deferred
+        self._lock.release()
+        mine.__exit__()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
 def deferred() -> Deferred:
     """Return a context in which signals wait."""
     return Deferred()
@@ -113,7 +145,6 @@ def restore(mask: Iterable[int]) -> None:
     global _outside  # noqa: PLW0603
     _outside = None
     _mask(_SETMASK, mask)
-
 
 
 def _after_fork_in_child() -> None:
