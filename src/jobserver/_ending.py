@@ -17,7 +17,6 @@ from ._errors import CallbackRaised
 from ._forking import stale
 from ._reactor import active_reactors
 
-
 # Workers at rest end as soon as they are told, unless they have been stopped.
 _LINGER = 1.0
 

@@ -116,9 +116,7 @@ def open_pidfd(pid: int) -> int:
         raise
 
 
-def _child(
-    worker: Worker, task: Task, identity: Identity, own: OwnSlot, mask: Any
-) -> NoReturn:
+def _child(worker: Worker, task: Task, identity: Identity, own: OwnSlot, mask: Any) -> NoReturn:
     try:
         start_afresh()
         run_on(own)
