@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Optional
@@ -26,6 +27,7 @@ from ._wire import (
     LENT_FLAG,
     MAGIC,
     MORE,
+    STEP,
     STREAM,
     TAKEN,
     TYPES,
@@ -56,7 +58,7 @@ class FrameReader:
 
     # What only frames with lent segments need.
     _asks = False
-    _asked = False
+    _due = 0  # so many bytes are to come by the channel first
     _aside = -1  # their own channel
     _loan: Optional[Loan] = None
     # Where what is lent goes if it comes by the channel.
@@ -186,14 +188,22 @@ class FrameReader:
         self._frame = Frame(kind, flags & ~(LENT_FLAG | ASKS_FLAG | ASIDE_FLAG), exitcode, segments)
 
     def _fetch(self, fd: int, loan: Loan) -> bool:
-        """Fetch what is lent; False if there is more of it to come later."""
-        if self._asked:
-            # It has come for the poll's sake, and goes where it belongs like any other.
-            count = os.readv(fd, [self._lent[0][:1]])
+        """Fetch what is lent; False if there is more to be done later."""
+        if self._due:
+            # These go where they belong like any other.
+            count = os.readv(fd, [self._lent[0][: self._due]])
             if not count:
                 raise EOFError
             advance(self._lent, count)
-            self._asked = False
+            self.progress += count
+            self._due = self._due - count if self._lent else 0
+            if self._due:
+                return True
+        if loan.complete:
+            self._say(fd, TAKEN)
+            self._loan = None
+            self._lent.clear()
+            return True
         left = _FETCH_QUANTUM
         while left > 0 and not loan.complete:
             count = loan.fetch(left)
@@ -204,13 +214,14 @@ class FrameReader:
                 return True
             left -= count
             self.progress += count
-        self._asked = self._asks and not loan.complete
-        self._say(fd, TAKEN if loan.complete else MORE)
-        if not loan.complete:
-            return False
-        self._loan = None
-        self._lent.clear()
-        return True
+        # What comes now shows that the sender was alive until here: one that was killed before has
+        # died, whatever could still be had from it.
+        if self._asks:
+            self._say(fd, MORE)
+            self._due = 1
+        elif loan.complete and self._aside < 0:
+            self._due = _unread(fd) + STEP + 1
+        return loan.complete and not self._asks
 
     def _say(self, fd: int, word: bytes) -> None:
         if not self._asks:
@@ -222,6 +233,13 @@ class FrameReader:
             pass  # the sender is gone, which the channel tells
         finally:
             sock.detach()
+
+
+def _unread(fd: int) -> int:
+    import fcntl
+    import termios
+
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _target(place: int, length: int, mark: int) -> tuple[Any, memoryview]:

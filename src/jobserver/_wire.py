@@ -12,13 +12,14 @@ receiver may fetch them from the sender's memory. It need not: the frame is the 
 and can be read to its end. There are three ways to agree:
 
 * On a channel that ends with the frame (``UNTIL_CLOSED``) the sender just sends. What is lent does
-  not fit into the channel, so the sender is kept waiting; the receiver fetches it, and closes.
+  not fit into the channel, so the sender is kept waiting; the receiver fetches it, reads a little
+  more than was waiting in the channel by then, to see that the sender still lives, and closes.
 * Where the receiver does not want to hear anything on the channel, the lent segments have one of
   their own, which came along (``ASIDE``), and on which the same happens.
 * On a channel that goes on (``UNTIL_TAKEN``) the sender stops before the lent segments and is told
-  what to do: ``TAKEN``, the frame is over; ``MORE``, send one byte, which lets the receiver's poll
-  come back for the next part; ``STREAM``, send all that is left. Meanwhile the receiver sends
-  nothing else on this channel.
+  what to do: ``MORE``, send one byte, which shows that the sender still lives, and lets the
+  receiver's poll come back for the next part; ``STREAM``, send all that is left; ``TAKEN``, the
+  frame is over. Meanwhile the receiver sends nothing else on this channel.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ TYPES = (memoryview, bytes, bytearray)
 # A frame below this size is copied into one piece, so that one system call sends it.
 _JOINED = 1 << 15
 IOV_MAX = 1024
+# In one call no more is written of what is lent. A process that is being killed may go on with the
+# call that it is in, but does not make another one.
+STEP = 1 << 16
 
 
 Write = Callable[[list[memoryview]], int]
@@ -182,10 +186,11 @@ def send(fd: int, pieces: Pieces) -> None:
         write_all(pieces, write)
         return
     try:
+        write_all(pieces[: -pieces.lent], write)
         if pieces.asks:
-            _send_as_asked(fd, pieces, write)
+            _send_as_asked(fd, _views(pieces[-pieces.lent :]), write)
         else:
-            write_all(pieces, write)
+            write_all(pieces[-pieces.lent :], lambda views: os.write(fd, views[0][:STEP]))
     except ConnectionError:
         if pieces.asks:
             raise
@@ -194,9 +199,7 @@ def send(fd: int, pieces: Pieces) -> None:
         lender.end()
 
 
-def _send_as_asked(fd: int, pieces: Pieces, write: Write) -> None:
-    write_all(pieces[: -pieces.lent], write)
-    rest = _views(pieces[-pieces.lent :])
+def _send_as_asked(fd: int, rest: deque[memoryview], write: Write) -> None:
     while True:
         try:
             word = os.read(fd, 1)
