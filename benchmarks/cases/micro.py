@@ -69,7 +69,7 @@ def frame(loops: int) -> float:
 
 def channel(loops: int) -> float:
     """Make a frame of a small job, send it through a pipe, and read it back."""
-    from jobserver import _wire
+    from jobserver import _reader, _wire
 
     job: tuple[Any, ...] = (workload.nothing_with, (1,), {})
     reader, writer = os.pipe()
@@ -77,7 +77,7 @@ def channel(loops: int) -> float:
     for _ in range(loops):
         _wire.send(writer, _wire.encode(_wire.TASK, "", _wire.dump(job)))
         got = None
-        incoming = _wire.FrameReader()
+        incoming = _reader.FrameReader()
         while got is None:
             got = incoming.feed(reader)
         got.load()

@@ -5,18 +5,32 @@
 from __future__ import annotations
 
 import array
+import contextlib
+import errno
 import os
 import select
 import socket
 import struct
 from collections.abc import Sequence
 
-from ._wire import Buffer
+from . import _forking
+from ._wire import IOV_MAX, Buffer, Pieces, write_all
 
 # The kernel takes at most 253 in one message (SCM_MAX_FD).
 MOST = 250
 _COUNT = struct.Struct("<I")
-_IOV_MAX = 1024
+
+
+def adopt(fd: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Return a socket object for a Unix socket, whose mode (blocking or not) stays as it is."""
+    timeout = socket.getdefaulttimeout()
+    if timeout is None:
+        return socket.socket(socket.AF_UNIX, kind, 0, fd)
+    # Set by the user for other sockets than ours; it would make this one non-blocking.
+    blocking = os.get_blocking(fd)
+    sock = socket.socket(socket.AF_UNIX, kind, 0, fd)
+    sock.setblocking(blocking)
+    return sock
 
 
 def send_fds(sock: socket.socket, fds: Sequence[int]) -> None:
@@ -35,8 +49,35 @@ def send_fds(sock: socket.socket, fds: Sequence[int]) -> None:
         data = data[sent:]
 
 
-def send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer]) -> None:
-    """Send what ``send_fds`` and then ``send_all`` would, in one system call if possible."""
+def send_job(sock: socket.socket, fds: Sequence[int], pieces: Pieces) -> None:
+    """
+    Send descriptors and a frame, in one system call if possible, on a non-blocking stream.
+
+    Waits whenever the other side is behind. If segments are lent, returns when they are taken.
+    """
+    lender = pieces.lender
+    if lender is None:
+        _send_job(sock, fds, pieces)
+        return
+    try:
+        ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
+    except OSError:  # no descriptors left
+        _send_job(sock, fds, pieces.whole())
+        return
+    try:
+        try:
+            _send_job(sock, [*fds, theirs.fileno()], pieces[: -pieces.lent])
+        finally:
+            _forking.close_socket(theirs)
+        ours.setblocking(False)
+        with contextlib.suppress(ConnectionError):  # closed: so all has been taken
+            send_all(ours, pieces[-pieces.lent :])
+    finally:
+        lender.end()
+        _forking.close_socket(ours)
+
+
+def _send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer]) -> None:
     if len(fds) > MOST:
         send_fds(sock, fds)
         send_all(sock, pieces)
@@ -48,7 +89,7 @@ def send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer]) 
         pieces = ()
     while True:
         try:
-            sent = sock.sendmsg([head, *pieces[: _IOV_MAX - 1]], ancillary, socket.MSG_NOSIGNAL)
+            sent = sock.sendmsg([head, *pieces[: IOV_MAX - 1]], ancillary, socket.MSG_NOSIGNAL)
             break
         except BlockingIOError:
             _writable(sock)
@@ -84,11 +125,18 @@ def receive_fds(sock: socket.socket) -> list[int]:
 
 
 def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
-    data, ancillary, _flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4))
+    data, ancillary, flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4))
     fds += fds_of(ancillary)
+    refuse_truncated(flags)
     if not data:
         raise EOFError
     return data
+
+
+def refuse_truncated(flags: int) -> None:
+    """Raise OSError if a message was to bring more descriptors than this process may have."""
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, "no descriptor is left for those that come along")
 
 
 def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
@@ -102,17 +150,15 @@ def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 
 def send_all(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
     """Send all pieces on a non-blocking stream; waits whenever the other side is behind."""
-    pending = [memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes]
-    while pending:
-        try:
-            sent = sock.sendmsg(pending[:_IOV_MAX], (), socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            _writable(sock)
-            continue
-        while pending and sent >= pending[0].nbytes:
-            sent -= pending.pop(0).nbytes
-        if sent:
-            pending[0] = pending[0][sent:]
+
+    def write(views: list[memoryview]) -> int:
+        while True:
+            try:
+                return sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                _writable(sock)
+
+    write_all(pieces, write)
 
 
 def _writable(sock: socket.socket) -> None:

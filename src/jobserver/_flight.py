@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from . import _forking
 from ._errors import SubmissionDied
+from ._fds import adopt
+from ._reader import FrameReader
 from ._slots._lease import Lease
-from ._wire import STAYS, Corrupt, Frame, FrameReader
+from ._wire import STAYS, Corrupt, Frame
 from ._worker._stay import Stays
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class Flight:
         self.bell: int = started.bell
         self.first: Optional[object] = started.first
         if started.told is not None:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, started.channel)
+            self.sock = adopt(started.channel)
             self.known = lease
         self.held = False  # a thread of ours is about to give it a job
         self.signalled = False  # a signal may still be on its way to the process

@@ -88,6 +88,9 @@ def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
     """Open a pair of Unix sockets, and note both."""
     with _lock:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        if socket.getdefaulttimeout() is not None:  # the user's, which is not about ours
+            ours.settimeout(None)
+            theirs.settimeout(None)
         owned.update((ours.fileno(), theirs.fileno()))
         return ours, theirs
 

@@ -6,43 +6,74 @@ Frames on a channel between a worker and whoever launched it.
 One frame is a header, the lengths of its segments, and the segments: text (a traceback), a pickle,
 and the out-of-band buffers of that pickle (protocol 5), which so are never copied into it. Numbers
 are little-endian. Channels are anonymous and made by ourselves; nothing else is ever unpickled.
+
+Large segments may be *lent* (see ``_large``). They are then the last ones of the frame, and the
+receiver may fetch them from the sender's memory. It need not: the frame is the same in any case,
+and can be read to its end. There are three ways to agree:
+
+* On a channel that ends with the frame (``UNTIL_CLOSED``) the sender just sends. What is lent does
+  not fit into the channel, so the sender is kept waiting; the receiver fetches it, reads a little
+  more than was waiting in the channel by then, to see that the sender still lives, and closes.
+* Where the receiver does not want to hear anything on the channel, the lent segments have one of
+  their own, which came along (``ASIDE``), and on which the same happens.
+* On a channel that goes on (``UNTIL_TAKEN``) the sender stops before the lent segments and is told
+  what to do: ``MORE``, send one byte, which shows that the sender still lives, and lets the
+  receiver's poll come back for the next part; ``STREAM``, send all that is left; ``TAKEN``, the
+  frame is over. Meanwhile the receiver sends nothing else on this channel.
 """
 
 from __future__ import annotations
 
-import copyreg
-import io
 import os
-import pickle
 import struct
-from collections import ChainMap
+from collections import deque
 from collections.abc import Sequence
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, Optional, Union
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
-Buffer = Union[bytes, bytearray, memoryview]
+from ._dump import LARGE, Buffer, dump, load
+
+if TYPE_CHECKING:
+    from ._large import Lender
+
+__all__ = ["Buffer", "dump"]  # what goes into frames is had from here, too
 
 RESULT = 1  # the pickle is what fn returned
 RAISED = 2  # the pickle is the exception that fn raised, the text its traceback
 DIED = 3  # the same for an exception that ends a process: SystemExit, KeyboardInterrupt, ...
 TASK = 4  # the pickle is a job to run
-_KINDS = frozenset((RESULT, RAISED, DIED, TASK))
+KINDS = frozenset((RESULT, RAISED, DIED, TASK))
 
 RETURNED = 1  # flag: the worker has returned its slot by itself
 STAYS = 2  # flag: the worker waits for its next job
+ASIDE_FLAG = 32  # flag: lent segments come on a channel of their own
+ASKS_FLAG = 64  # flag: the sender of lent segments waits to be told how to go on
+LENT_FLAG = 128  # flag: segments are lent
 
-_MAGIC = b"JsF1"
-_HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
-_LENGTH_SIZE = 8
+# How the receiver of lent segments says that it has them.
+UNTIL_CLOSED = LENT_FLAG
+ASIDE = LENT_FLAG | ASIDE_FLAG
+UNTIL_TAKEN = LENT_FLAG | ASKS_FLAG
+TAKEN, MORE, STREAM = b"+", b".", b"-"
+
+MAGIC = b"JsF2"
+HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
+ENTRY_SIZE = 8  # for each segment its length, and in the highest byte what it is
+WHAT = 56
+LENGTH = (1 << WHAT) - 1
+IS_LENT = 128
+LENDER_SIZE = 32  # what the lender tells of itself, before the addresses
+# What the unpickler is to get; smaller segments are always buffers of any kind.
+TYPES = (memoryview, bytes, bytearray)
 # A frame below this size is copied into one piece, so that one system call sends it.
 _JOINED = 1 << 15
-# A buffer below this size is cheaper inside the pickle than as a segment of its own.
-_OUT_OF_BAND = 1 << 14
-_MAX_SEGMENTS = 1 << 24
-_FIRST_READ = 1 << 16
-# How much is read in one go before other channels get their turn.
-_READ_QUANTUM = 1 << 24
-_IOV_MAX = 1024
+IOV_MAX = 1024
+# In one call no more is written of what is lent. A process that is being killed may go on with the
+# call that it is in, but does not make another one.
+STEP = 1 << 16
+
+
+Write = Callable[[list[memoryview]], int]
 
 
 class Corrupt(Exception):
@@ -54,7 +85,7 @@ class Frame:
 
     __slots__ = ("exitcode", "flags", "kind", "segments")
 
-    def __init__(self, kind: int, flags: int, exitcode: int, segments: list[bytearray]) -> None:
+    def __init__(self, kind: int, flags: int, exitcode: int, segments: list[Any]) -> None:
         self.kind = kind
         self.flags = flags
         self.exitcode = exitcode
@@ -63,46 +94,21 @@ class Frame:
     @property
     def text(self) -> str:
         """The traceback that came along, or the empty string."""
-        return self.segments[0].decode("utf-8", "replace")
+        return str(self.segments[0], "utf-8", "replace")
 
     def load(self) -> Any:
         """Unpickle; may raise anything, as it runs the code of the pickled classes."""
-        return pickle.loads(self.segments[1], buffers=self.segments[2:])  # noqa: S301
+        return load(self.segments[1], self.segments[2:])
 
 
-# What needs none of multiprocessing's reductions, and has no buffers.
-_PLAIN = frozenset((type(None), bool, int, float, str))
+class Pieces(list[Buffer]):
+    """The pieces of a frame, of which the last ones may be lent."""
 
-
-_forking_pickler: Any = ForkingPickler
-_reducers: Any = ChainMap(_forking_pickler._extra_reducers, copyreg.dispatch_table)
-
-
-class _Pickler(pickle.Pickler):
-    """ForkingPickler without its constructor, which costs more than most pickles."""
-
-    dispatch_table = _reducers
-
-
-def dump(value: Any) -> list[Buffer]:
-    """Pickle ``value`` the way multiprocessing does: the pickle, then its out-of-band buffers."""
-    if type(value) in _PLAIN:
-        return [pickle.dumps(value, 5)]
-    stream = io.BytesIO()
-    buffers: list[Buffer] = []
-
-    def in_band(buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
-        if raw.nbytes < _OUT_OF_BAND:
-            return True
-        buffers.append(raw)
-        return False
-
-    _Pickler(stream, 5, buffer_callback=in_band).dump(value)
-    return [stream.getbuffer(), *buffers]
+    lender: Optional[Lender] = None
+    lent = 0  # how many
+    asks = False
+    # The same frame, with nothing lent.
+    whole: Callable[[], Pieces]
 
 
 def encode(
@@ -112,124 +118,117 @@ def encode(
     *,
     flags: int = 0,
     exitcode: int = 0,
-) -> list[Buffer]:
-    """Return the pieces of a frame, ready for ``send``."""
+    lend: int = 0,
+) -> Pieces:
+    """
+    Return the pieces of a frame, ready for ``send``.
+
+    Args:
+        kind: ``RESULT``, ...
+        text: The first segment.
+        payload: The others, as ``dump`` returns them.
+        flags: ``RETURNED`` and ``STAYS``, where they apply.
+        exitcode: The exit status of a worker that ends with this frame.
+        lend: ``UNTIL_CLOSED``, ``UNTIL_TAKEN`` or ``ASIDE`` if large segments may be lent.
+    """
     first = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     segments: list[Buffer] = [first, *payload]
-    count = len(segments)
     lengths = [len(segment) for segment in segments]  # all are buffers of bytes
-    head = _HEADER.pack(_MAGIC, kind, flags, exitcode, count) + struct.pack(f"<{count}Q", *lengths)
-    if sum(lengths) < _JOINED:
-        return [head + b"".join(segments)]
-    return [head, *segments]
+    total = sum(lengths)
+    if total >= LARGE:
+        return _encode_large(kind, flags, exitcode, segments, lend)
+    head = _head(kind, flags, exitcode, lengths)
+    return Pieces([head + b"".join(segments)] if total < _JOINED else [head, *segments])
 
 
-def send(fd: int, pieces: Sequence[Buffer]) -> None:
-    """Write all pieces to a blocking descriptor."""
-    pending = [memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes]
-    while pending:
-        single = len(pending) == 1
-        written = os.write(fd, pending[0]) if single else os.writev(fd, pending[:_IOV_MAX])
-        while pending and written >= pending[0].nbytes:
-            written -= pending.pop(0).nbytes
-        if written:
-            pending[0] = pending[0][written:]
+def _head(kind: int, flags: int, exitcode: int, entries: Sequence[int]) -> bytes:
+    count = len(entries)
+    head = HEADER.pack(MAGIC, kind, flags, exitcode, count)
+    return head + struct.pack(f"<{count}Q", *entries)
 
 
-class FrameReader:
-    """Put one frame together from a descriptor, blocking or not, piece by piece."""
+def _encode_large(
+    kind: int, flags: int, exitcode: int, segments: list[Buffer], lend: int
+) -> Pieces:
+    from . import _large
 
-    def __init__(self) -> None:
-        self.progress = 0  # bytes read so far
-        self._head = bytearray()
-        self._frame: Optional[Frame] = None
-        self._targets: list[memoryview] = []
+    # Text and pickle may be of any type.
+    types = [memoryview, memoryview, *map(type, segments[2:])]
+    large = [segment for segment in segments if len(segment) >= LARGE]
+    lender = _large.lend(large) if lend else None
+    entries = []
+    for segment, what in zip(segments, types):
+        mark = TYPES.index(what) | (IS_LENT if lender and len(segment) >= LARGE else 0)
+        entries.append(len(segment) | mark << WHAT)
+    if lender is None:
+        return Pieces([_head(kind, flags, exitcode, entries), *segments])
+    head = _head(kind, flags | lend, exitcode, entries) + lender.head()
+    small = [segment for segment in segments if len(segment) < LARGE]
+    pieces = Pieces([head, *small, *large])
+    pieces.lender, pieces.lent, pieces.asks = lender, len(large), bool(lend & ASKS_FLAG)
+    pieces.whole = lambda: _encode_large(kind, flags, exitcode, segments, 0)
+    return pieces
 
-    def feed(self, fd: int) -> Optional[Frame]:
-        """
-        Read what is there.
 
-        Returns:
-            The frame once it is whole; None when there is no more to read for now.
+def send(fd: int, pieces: Pieces) -> None:
+    """Send a frame on a blocking descriptor; one with lent segments until they are taken."""
+    if len(pieces) == 1:
+        data: Any = pieces[0]
+        while data:
+            data = data[os.write(fd, data) :]
+        return
 
-        Raises:
-            EOFError: The other side is gone and the frame is not whole.
-            Corrupt: What came is no frame.
-        """
-        budget = _READ_QUANTUM
+    def write(views: list[memoryview]) -> int:
+        return os.writev(fd, views)
+
+    lender = pieces.lender
+    if lender is None:
+        write_all(pieces, write)
+        return
+    try:
+        write_all(pieces[: -pieces.lent], write)
+        if pieces.asks:
+            _send_as_asked(fd, _views(pieces[-pieces.lent :]), write)
+        else:
+            write_all(pieces[-pieces.lent :], lambda views: os.write(fd, views[0][:STEP]))
+    except ConnectionError:
+        if pieces.asks:
+            raise
+        # Closed: so all has been taken. Or else there is nobody to tell.
+    finally:
+        lender.end()
+
+
+def _send_as_asked(fd: int, rest: deque[memoryview], write: Write) -> None:
+    while True:
         try:
-            while budget > 0:
-                count = self._read(fd)
-                if not count:
-                    raise EOFError
-                budget -= count
-                self.progress += count
-                whole = self._whole()
-                if whole is not None:
-                    return whole
-        except BlockingIOError:
-            pass
-        except ConnectionResetError:
-            raise EOFError from None
-        return None
-
-    def push(self, data: bytes) -> Optional[Frame]:
-        """Take what has been read from the channel already; like ``feed``."""
-        self.progress += len(data)
-        self._head += data
-        self._parse_head()
-        return self._whole()
-
-    def _whole(self) -> Optional[Frame]:
-        if self._frame is None or self._targets:
-            return None
-        # Not kept: the reader may outlive what was read, which may be large.
-        whole, self._frame = self._frame, None
-        return whole
-
-    def _read(self, fd: int) -> int:
-        if self._frame is not None:
-            count = os.readv(fd, self._targets[:_IOV_MAX])
-            self._advance(count)
-            return count
-        # Greedily: on a channel nothing follows a frame before the frame has been answered.
-        data = os.read(fd, _FIRST_READ)
-        self._head += data
-        self._parse_head()
-        return len(data)
-
-    def _parse_head(self) -> None:
-        if len(self._head) < _HEADER.size:
+            word = os.read(fd, 1)
+        except BlockingIOError:  # there is a limit to how long one call waits
+            continue
+        if word == STREAM:
+            _write(rest, write)
+        if word != MORE:
             return
-        magic, kind, flags, exitcode, count = _HEADER.unpack_from(self._head)
-        if magic != _MAGIC or kind not in _KINDS or not 2 <= count <= _MAX_SEGMENTS:
-            raise Corrupt(f"not a frame: {bytes(self._head[:16])!r}")
-        if len(self._head) < _HEADER.size + count * _LENGTH_SIZE:
-            return
-        lengths = struct.unpack_from(f"<{count}Q", self._head, _HEADER.size)
-        start = _HEADER.size + count * _LENGTH_SIZE
-        segments: list[bytearray] = []
-        try:
-            for length in lengths:
-                end = start + length
-                segment = self._head[start:end]
-                if len(segment) < length:
-                    # The rest is read to where it belongs.
-                    whole = bytearray(length)
-                    whole[: len(segment)] = segment
-                    self._targets.append(memoryview(whole)[len(segment) :])
-                    segment = whole
-                segments.append(segment)
-                start = min(end, len(self._head))
-        except (MemoryError, OverflowError) as error:
-            raise Corrupt(f"no memory for a frame of {sum(lengths)} bytes") from error
-        if start < len(self._head):
-            raise Corrupt("something follows the frame")
-        self._head = bytearray()
-        self._frame = Frame(kind, flags, exitcode, segments)
+        advance(rest, write([rest[0][:1]]))
 
-    def _advance(self, count: int) -> None:
-        while self._targets and count >= self._targets[0].nbytes:
-            count -= self._targets.pop(0).nbytes
-        if count:
-            self._targets[0] = self._targets[0][count:]
+
+def write_all(pieces: Sequence[Buffer], write: Write) -> None:
+    """Write all bytes; ``write`` takes some of what it is given, and returns how many."""
+    _write(_views(pieces), write)
+
+
+def _views(pieces: Sequence[Buffer]) -> deque[memoryview]:
+    return deque(memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes)
+
+
+def _write(views: deque[memoryview], write: Write) -> None:
+    while views:
+        advance(views, write(list(islice(views, IOV_MAX))))
+
+
+def advance(views: deque[memoryview], count: int) -> None:
+    """Take away so many bytes."""
+    while views and count >= views[0].nbytes:
+        count -= views.popleft().nbytes
+    if count:
+        views[0] = views[0][count:]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobserver._fds import send_job
 from jobserver._flight import Flight
-from jobserver._wire import TASK, encode
+from jobserver._wire import ASIDE, TASK, encode
 
 from ._pickling import Pickled
 from ._prep import changes
@@ -50,7 +50,7 @@ def hand_over(
         text, fds = pickle.dumps(told), [*ahead, *fds]
     assert worker.sock is not None  # noqa: S101  # it is one that stays
     try:
-        send_job(worker.sock, fds, encode(TASK, text, pickled.payload))
+        send_job(worker.sock, fds, encode(TASK, text, pickled.payload, lend=ASIDE))
     except OSError:
         return False
     worker.told, worker.bell = surroundings, seat.bell

@@ -11,10 +11,10 @@ from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Optional
 
 from jobserver import _forking
-from jobserver._fds import send_all, send_fds
+from jobserver._fds import send_job
 from jobserver._flight import Flight, Started, child_exit_status
 from jobserver._signals import deferred
-from jobserver._wire import TASK, encode
+from jobserver._wire import ASIDE, TASK, encode
 from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
 
@@ -86,13 +86,12 @@ class RemoteLauncher:
         told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)
         told["parent_pid"] = os.getpid()
         told["stays"] = started.stays
-        frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload)
+        frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload, lend=ASIDE)
         sock = None
         try:
             with deferred():  # else Ctrl-C could leave a descriptor that is nobody's
                 sock = _forking.duplicate_socket(started.channel)
-            send_fds(sock, [tracker, *seat_fds, *prepared.pickled.fds])
-            send_all(sock, frame)
+            send_job(sock, [tracker, *seat_fds, *prepared.pickled.fds], frame)
         except (BrokenPipeError, ConnectionResetError):
             return
         finally:

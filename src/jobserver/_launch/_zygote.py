@@ -30,7 +30,7 @@ from multiprocessing import forkserver
 from typing import Any, Optional
 
 from jobserver import _forking
-from jobserver._fds import fds_of
+from jobserver._fds import adopt, fds_of
 from jobserver._flight import Started
 from jobserver._worker._protocol import (
     EXITED,
@@ -238,4 +238,4 @@ def client() -> ZygoteClient:
 def inherit_door(door: int, known: dict[str, Any]) -> None:
     """In a worker that a zygote has forked: reach the same zygote through the same door."""
     global _client  # noqa: PLW0603
-    _client = ZygoteClient(socket.socket(fileno=door), known)
+    _client = ZygoteClient(adopt(door, socket.SOCK_SEQPACKET), known)

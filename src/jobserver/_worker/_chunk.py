@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pickle import PickleBuffer
 from typing import Any, Callable, Optional
 
 from jobserver._outcome import Outcome
@@ -25,13 +26,19 @@ class Chunk:
         yield from self._values
         if self._failed is not None:
             kind, text, payload, exitcode = self._failed
-            segments = [bytearray(text.encode()), *(bytearray(piece) for piece in payload)]
+            segments = [text.encode("utf-8", "backslashreplace"), *payload]
             Outcome(Frame(kind, 0, exitcode, segments), None).get()
 
     def __reduce__(self) -> tuple[Any, ...]:
         failed = self._failed
         if failed is not None:
-            failed = failed._replace(payload=[bytes(piece) for piece in failed.payload])
+            # What is bytes or a bytearray must stay so; other buffers may be of any type.
+            pickled, *buffers = failed.payload
+            views: list[Any] = [
+                piece if isinstance(piece, (bytes, bytearray)) else PickleBuffer(piece)
+                for piece in buffers
+            ]
+            failed = failed._replace(payload=[bytes(pickled), *views])
         return Chunk, (self._values, failed)
 
 

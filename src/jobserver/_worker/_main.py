@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from jobserver._slots._own import own_slot
-from jobserver._wire import DIED, RETURNED, STAYS, encode, send
+from jobserver._wire import DIED, RETURNED, STAYS, UNTIL_CLOSED, UNTIL_TAKEN, encode, send
 
 from ._answer import Answer, answer_of, died
 from ._process import finish_jobs, finish_process, flush_streams
@@ -73,7 +73,12 @@ class Worker:
             exitcode = answer.exitcode
             flags = (RETURNED if own_slot().returned() else 0) | (STAYS if stays else 0)
             pieces = encode(
-                answer.kind, answer.text, answer.payload, flags=flags, exitcode=answer.exitcode
+                answer.kind,
+                answer.text,
+                answer.payload,
+                flags=flags,
+                exitcode=answer.exitcode,
+                lend=UNTIL_TAKEN if stays else UNTIL_CLOSED,
             )
             if stays and self._next is not None:
                 self._next.ready()

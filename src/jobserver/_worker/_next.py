@@ -11,9 +11,10 @@ import struct
 from typing import Any, Callable, NoReturn, Optional
 
 from jobserver._errors import Untransferable
-from jobserver._fds import MOST, fds_of
+from jobserver._fds import MOST, adopt, fds_of, refuse_truncated
+from jobserver._reader import FrameReader
 from jobserver._slots._own import OwnSlot, own_slot, run_on
-from jobserver._wire import Frame, FrameReader
+from jobserver._wire import Frame
 
 from . import _inherit
 from ._process import finish_process
@@ -74,7 +75,7 @@ class Next:
         """Leave the seat of the job that has ended; the answer may now be sent."""
         self._lease = own_slot().leave()
         if self._sock is None:
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self._channel)
+            self._sock = adopt(self._channel)
             # So that waiting for too long costs no system call more than waiting.
             limit = struct.pack("ll", int(self._idle), int(self._idle % 1 * 1e6))
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -105,6 +106,7 @@ class Next:
         (count,) = _COUNT.unpack_from(data)
         while len(fds) < count:
             fds += _read(sock, 1)[1]
+        self._reader.fds = fds
         frame = self._reader.push(data[_COUNT.size :])
         while frame is None:
             frame = self._reader.feed(self._channel)
@@ -165,7 +167,9 @@ def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
 
 def _read_once(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    data, ancillary, _flags, _address = sock.recvmsg(size, _SPACE)
+    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE)
+    if flags:
+        refuse_truncated(flags)
     if not data:
         raise EOFError
     return data, fds_of(ancillary) if ancillary else []

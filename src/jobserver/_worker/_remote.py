@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
 from jobserver._errors import Unguarded
-from jobserver._fds import receive_fds
+from jobserver._fds import adopt, receive_fds
+from jobserver._reader import FrameReader
 from jobserver._slots._own import OwnSlot, run_on
-from jobserver._wire import Frame, FrameReader
+from jobserver._wire import Frame
 
 from . import _inherit
 from ._main import Worker
@@ -39,10 +39,10 @@ def serve(
         told: What the zygote knew; None without a zygote.
         failure: Why the zygote could not import the main module, if so.
     """
-    sock = socket.socket(fileno=channel)
+    sock = adopt(channel)
     try:
         fds = receive_fds(sock)
-        frame = _receive_frame(channel)
+        frame = _receive_frame(channel, fds)
     except (EOFError, ConnectionResetError):
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
@@ -83,8 +83,8 @@ class _Held:
         return frame
 
 
-def _receive_frame(channel: int) -> Frame:
-    reader = FrameReader()
+def _receive_frame(channel: int, fds: list[int]) -> Frame:
+    reader = FrameReader(fds)
     frame = None
     while frame is None:
         frame = reader.feed(channel)

@@ -31,9 +31,12 @@ from multiprocessing import process, spawn, util
 from typing import Any, NoReturn, Optional
 
 # All that a worker needs is imported here, once, so that no worker has to.
-from jobserver import _jobserver  # noqa: F401
+from jobserver import (
+    _jobserver,  # noqa: F401
+    _large,
+)
 from jobserver._errors import Unguarded
-from jobserver._fds import fds_of
+from jobserver._fds import adopt, fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
 
@@ -71,6 +74,7 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     threaded = len(sys._current_frames()) > 1
     hooks: Any = util
     hooks._close_stdin()
+    _large.prepare()
     gc.collect()
     gc.freeze()
     _Zygote(server, door, alive, failure, told, threaded=threaded).serve()
@@ -170,7 +174,7 @@ class _Zygote:
         *,
         threaded: bool,
     ) -> None:
-        self._server = socket.socket(fileno=server)
+        self._server = adopt(server, socket.SOCK_SEQPACKET)
         self._door = door
         self._alive = alive
         self._failure = failure
@@ -198,7 +202,7 @@ class _Zygote:
     def _admit(self) -> None:
         _data, ancillary, _flags, _address = self._server.recvmsg(1, socket.CMSG_SPACE(4))
         for fd in fds_of(ancillary):
-            self._clients[fd] = _Client(socket.socket(fileno=fd))
+            self._clients[fd] = _Client(adopt(fd, socket.SOCK_SEQPACKET))
             self._epoll.register(fd, select.EPOLLIN)
 
     def _attend(self, client: _Client, mask: int) -> None:

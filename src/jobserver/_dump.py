@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Pickle values, with what is large in them beside the pickle rather than inside.
+
+Buffers that their owners offer (protocol 5: NumPy, Arrow, ...) and large ``bytes`` and
+``bytearray`` objects are handed on as they are, and never copied. For the latter two the pickler
+has no such offer. But it hands a large one to its file as the object itself, right after the
+opcode and the length that announce it; so the file can put ``NEXT_BUFFER`` in their place, which
+makes the unpickler take the object from ``buffers``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import struct
+from collections import ChainMap
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Union
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+# A buffer below this size is cheaper inside the pickle than as a segment of its own.
+_OUT_OF_BAND = 1 << 14
+# So are bytes and bytearrays below this one. What the pickler itself collects before it writes is
+# smaller, and so cannot be taken for one of them.
+LARGE = 1 << 19
+
+# What needs none of multiprocessing's reductions, and has no buffers.
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+# Opcodes of the pickle protocol.
+_PROTO, _FRAME, _NEXT_BUFFER = b"\x80", b"\x95", b"\x97"
+_BINBYTES, _BINBYTES8, _BYTEARRAY8 = b"B", b"\x8e", b"\x96"
+_WITH_LENGTH = struct.Struct("<cQ")
+# The pickler puts no frame around less than four bytes.
+_UNFRAMED = 3
+
+_forking_pickler: Any = ForkingPickler
+_reducers: Any = ChainMap(_forking_pickler._extra_reducers, copyreg.dispatch_table)
+
+
+class _Pickler(pickle.Pickler):
+    """ForkingPickler without its constructor, which costs more than most pickles."""
+
+    dispatch_table = _reducers
+
+
+class _File(io.BytesIO):
+    """Takes the pickle; diverts large objects to a list of buffers."""
+
+    def __init__(self, buffers: list[Buffer]) -> None:
+        self._buffers = buffers
+        self._last = b""
+
+    def write(self, data: Any) -> int:
+        """Take what the pickler has collected, or one large object."""
+        if len(data) >= LARGE:
+            announcement = _announcement(data)
+            if announcement and _announces(self._last, announcement):
+                self.seek(-len(announcement), io.SEEK_CUR)
+                self.truncate()
+                super().write(_NEXT_BUFFER)
+                self._buffers.append(data)
+                self._last = b""
+                return len(data)
+        self._last = data
+        return super().write(data)
+
+
+def _announcement(data: Any) -> bytes:
+    if type(data) is bytearray:
+        return _WITH_LENGTH.pack(_BYTEARRAY8, len(data))
+    if type(data) is not bytes:
+        return b""
+    if len(data) > 0xFFFFFFFF:
+        return _WITH_LENGTH.pack(_BINBYTES8, len(data))
+    return struct.pack("<cI", _BINBYTES, len(data))
+
+
+def _announces(written: bytes, announcement: bytes) -> bool:
+    """
+    Say whether what was written last ends with just this announcement.
+
+    Bytes inside of a frame may happen to look like it. So it counts only behind the frame, where
+    the pickler puts nothing else.
+    """
+    if not written.endswith(announcement):
+        return False
+    start = 2 if written.startswith(_PROTO) else 0
+    if written.startswith(_FRAME, start):
+        start += _WITH_LENGTH.size + _WITH_LENGTH.unpack_from(written, start)[1]
+    return start <= len(written) - len(announcement) <= start + _UNFRAMED
+
+
+class Unfinished:
+    """What is to be a bytes object, still in other memory."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: memoryview) -> None:
+        self.content = content
+
+
+def load(pickled: Buffer, buffers: list[Any]) -> Any:
+    """Undo ``dump``; may raise anything, as it runs the code of the pickled classes."""
+    finished = (bytes(each.content) if type(each) is Unfinished else each for each in buffers)
+    return pickle.loads(pickled, buffers=finished)  # noqa: S301
+
+
+def dump(value: Any) -> list[Buffer]:
+    """Pickle ``value`` the way multiprocessing does: the pickle, then its out-of-band buffers."""
+    if type(value) in _PLAIN:
+        return [pickle.dumps(value, 5)]
+    buffers: list[Buffer] = []
+    file = _File(buffers)
+
+    def in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < _OUT_OF_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    _Pickler(file, 5, buffer_callback=in_band).dump(value)
+    return [file.getbuffer(), *buffers]
