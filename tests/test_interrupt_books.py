@@ -219,15 +219,15 @@ def test_event_that_was_seen_and_not_heeded() -> None:
     reactor = js._shared.reactor
     fifo = new_fifo(1)
     os.write(fifo, b"!")
-    poller: Any = _Poller(reactor._poller())
-    reactor._epoll = poller
+    poller: Any = _Poller(reactor.poller.get())
+    reactor.poller._epoll = poller
     with pytest.raises(Interrupted):
         reactor.wait(lambda: False, time.monotonic() + PATIENCE, arm=(fifo,))
     tests = iter((False, True))
 
     assert reactor.wait(lambda: next(tests), time.monotonic() + PATIENCE, arm=(fifo,))
 
-    reactor._epoll = poller._epoll
+    reactor.poller._epoll = poller._epoll
     reactor.disarm(fifo)
     os.close(fifo)
 

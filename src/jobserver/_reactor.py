@@ -16,8 +16,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
 import threading
 import time
@@ -29,12 +27,12 @@ from . import _forking
 from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
+from ._poller import Poller
 from ._signals import Deferred, DeferringLock, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
-from ._slots._section import new_fifo
 from ._wire import RETURNED
 
 if TYPE_CHECKING:
@@ -42,10 +40,6 @@ if TYPE_CHECKING:
 
 # A worker that has answered is gone within a millisecond, unless it has been stopped.
 _LAST_REAP = 0.2
-
-# The parent's epoll objects, in a child. Their descriptors are closed, and the numbers perhaps
-# those of other files by now, which their finalizers would close.
-_inert: list[select.epoll] = []
 
 # Reactors with jobs in flight, so that the end of the process can wait for them all.
 _active: set[Reactor] = set()
@@ -67,11 +61,7 @@ class Reactor:
         self.closed: bool = False
         self._dropped = False  # there is no handle any more that could submit
         self.running: dict[Future[Any], Flight] = {}
-        self._watched: dict[int, Flight] = {}
-        self._armed: set[int] = set()
-        self._epoll: Optional[select.epoll] = None
-        self._nudge = -1
-        self._closings = 0  # how often a watched descriptor has been closed
+        self.poller = Poller()
         self._lingering = 0  # workers that have answered and are not reaped yet
         self._leading = 0  # the thread that polls for all; 0 for none
         self._followers: dict[Sleeper, None] = {}
@@ -79,15 +69,15 @@ class Reactor:
 
     def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
         """Track a job that has just been started."""
-        flight = Flight(started, lease, self._unwatch, future)
+        flight = Flight(started, lease, self.poller.unwatch, future)
         with self.lock:
             try:
-                self._watch(flight.channel, flight)
+                self.poller.watch(flight.channel, flight)
                 if flight.pidfd >= 0:
-                    self._watch(flight.pidfd, flight)
+                    self.poller.watch(flight.pidfd, flight)
             except BaseException:
-                if flight.channel in self._watched:
-                    self._unwatch(flight.channel)
+                if flight.channel in self.poller.watched:
+                    self.poller.unwatch(flight.channel)
                 flight.forget()  # its descriptors are the caller's to close
                 raise
             self.running[future] = flight
@@ -160,14 +150,14 @@ class Reactor:
         Args:
             keep: The caller is about to take a token, and to have the rest unloaded.
         """
-        if not self._watched:
+        if not self.poller.watched:
             return
         with self.lock:
             try:
                 self._prepare_nudge()
             except OSError:
                 return  # no descriptor to tell the leader by, who so must see to it himself
-            if self._handle(self._poller().poll(0)):
+            if self._handle(self.poller.get().poll(0)):
                 self._nudge_leader()
             if not keep:
                 self.crew.unload()
@@ -233,7 +223,7 @@ class Reactor:
                     if pause is not None and pause <= 0:
                         return False
                     for fd in arm:
-                        self._arm(fd)
+                        self.poller.arm(fd)
                     if nested:
                         self._prepare_nudge()  # for the end of this wait
                     leading = leading or nested or not self._leading
@@ -241,7 +231,7 @@ class Reactor:
                         self._leading = me
                     else:
                         self._followers[sleeper] = None
-                poller = self._poller()
+                poller = self.poller.get()
                 if leading:
                     fruitless = self._lead(signals, poller, pause)
                 else:
@@ -266,21 +256,21 @@ class Reactor:
                         self._retire()
 
     def _lead(self, signals: Deferred, poller: select.epoll, pause: Optional[float]) -> bool:
-        closings = self._closings
+        closings = self.poller.closings
         try:
             with signals.lifted():
                 events = poller.poll(pause)
         except BaseException:
             # Ctrl-C just after it: what was armed for one shot may have been spent.
             with self.lock:
-                self._armed.clear()
+                self.poller.spent_perhaps()
             raise
         with self.lock:
-            if closings != self._closings:
+            if closings != self.poller.closings:
                 # Another thread has closed descriptors since, and what is reported of a number may
                 # concern another file than the one that bears it now. So look again; only what is
                 # armed for one shot would not be reported twice, and does no harm if it is wrong.
-                known = self._watched
+                known = self.poller.watched
                 self._handle([event for event in events if event[0] not in known], leader=True)
                 self._handle(poller.poll(0), leader=True)
             else:
@@ -290,16 +280,10 @@ class Reactor:
     def _handle(self, events: Sequence[tuple[int, int]], *, leader: bool = False) -> bool:
         settled = False
         for fd, _mask in events:
-            flight = self._watched.get(fd)
+            flight = self.poller.watched.get(fd)
             if flight is None:
-                if fd == self._nudge:
-                    # Only for the leader to take: read by another thread before the leader has
-                    # woken, the nudge would wake nobody.
-                    if leader:
-                        with contextlib.suppress(BlockingIOError):
-                            os.read(fd, 64)
-                else:
-                    self._armed.discard(fd)
+                if not self.poller.nudged(fd, take=leader):
+                    self.poller.spent(fd)
                     self.wake_seekers()
                     settled = True
                 continue
@@ -314,25 +298,20 @@ class Reactor:
             elif flight.settled:
                 self._settle(flight.future, flight)
                 settled = True
-        if not self._watched:
+        if not self.poller.watched:
             _active.discard(self)
             if self.closed or self._dropped:
                 self._release()
         return settled
 
     def _prepare_nudge(self) -> None:
-        if self._leading and self._nudge < 0:
-            with _forking.books_lock():
-                nudge = new_fifo(1)
-                _forking.owned.add(nudge)
-            self._poller().register(nudge, select.EPOLLIN)
-            self._nudge = nudge
+        if self._leading:
+            self.poller.prepare_nudge()
 
     def _nudge_leader(self) -> None:
-        self._prepare_nudge()
         if self._leading:
-            with contextlib.suppress(BlockingIOError):  # full: the leader has yet to look
-                os.write(self._nudge, b"!")
+            self.poller.prepare_nudge()
+            self.poller.nudge()
 
     def _settle(self, future: Future[Any], flight: Flight) -> None:
         flight.future = None
@@ -386,45 +365,10 @@ class Reactor:
             if sleeper.seeks:
                 sleeper.wake()
 
-    def _poller(self) -> select.epoll:
-        if self._epoll is None:
-            with _forking.books_lock():
-                self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
-                _forking.owned.add(self._epoll.fileno())
-        return self._epoll
-
-    def _watch(self, fd: int, flight: Flight) -> None:
-        # First what may fail: there may be no descriptor left, or no memory in the kernel.
-        self._poller().register(fd, select.EPOLLIN)
-        self._watched[fd] = flight
-        _forking.owned.add(fd)
-
-    def _unwatch(self, fd: int) -> None:
-        # Closing is not enough: a process that is just being forked may share the description.
-        self._closings += 1
-        del self._watched[fd]
-        _forking.owned.discard(fd)
-        self._poller().unregister(fd)
-
-    def _arm(self, fd: int) -> None:
-        # One shot: else a descriptor that stays readable, while the thread it concerns has yet to
-        # wake, would have the leader spin.
-        poller, mask = self._poller(), select.EPOLLIN | select.EPOLLONESHOT
-        if fd in self._armed:
-            return
-        try:
-            poller.modify(fd, mask)
-        except FileNotFoundError:
-            poller.register(fd, mask)
-        self._armed.add(fd)
-
     def disarm(self, fd: int) -> None:
         """Forget an armed descriptor that is about to be closed."""
         with self.lock:
-            self._armed.discard(fd)
-            if self._epoll is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    self._epoll.unregister(fd)
+            self.poller.disarm(fd)
 
     def reap_lingering(self, seconds: float) -> None:
         """Wait, not longer than ``seconds``, for the processes of finished jobs to be gone."""
@@ -445,8 +389,8 @@ class Reactor:
             return
         self._dissolve()
         end = time.monotonic() + _LAST_REAP
-        while self._watched and time.monotonic() < end:
-            self._handle(self._poller().poll(end - time.monotonic()))
+        while self.poller.watched and time.monotonic() < end:
+            self._handle(self.poller.get().poll(end - time.monotonic()))
         self._release()
 
     def close(self) -> None:
@@ -459,39 +403,24 @@ class Reactor:
 
     def _release(self) -> None:
         # A lease in hand belongs to a job that is just being started.
-        if self._leading or self._watched or self.slots.held_fds:
+        if self._leading or self.poller.watched or self.slots.held_fds:
             return
-        if self._nudge >= 0:
-            _forking.owned.discard(self._nudge)
-            os.close(self._nudge)
-            self._nudge = -1
-        epoll, self._epoll = self._epoll, None
-        if epoll is not None:
-            _forking.owned.discard(epoll.fileno())
-            epoll.close()
-        self._armed.clear()
+        self.poller.close()
         # A job on this pool has its own slot to return, at its very end.
         if not own_slot().attach(self.slots):
             self.slots.close()
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """Forget what the parent has in flight; its descriptors are closed already."""
-        epoll, self._epoll = self._epoll, None
-        if epoll is not None:
-            _inert.append(epoll)
-        for flight in self._watched.values():
-            flight.forget()
+        self.poller.forget()
         for future in self.running:
             future._foreign = True
         self.crew.forget()
-        self._nudge = -1
         self.lock = DeferringLock()
         self.ready = deque()
         self.claimed = set()
         self.starving = 0
         self.running = {}
-        self._watched = {}
-        self._armed = set()
         self._lingering = 0
         self._leading = 0
         self._followers = {}

@@ -30,7 +30,7 @@ class Wakeup:
         self._reactor = reactor
         self._lock = threading.RLock()
         with reactor.lock:
-            reactor._poller()  # so that the thread need not find a descriptor for it
+            reactor.poller.get()  # so that the thread need not find a descriptor for it
         with deferred(), _forking.books_lock():
             self._fd = new_fifo(1)
             _forking.owned.add(self._fd)
