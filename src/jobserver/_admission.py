@@ -89,12 +89,16 @@ class Admission:
         """
         reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
         crew = reactor.crew
-        lease = self._take_free(until)
-        if lease is not None:
-            return lease
+        taken: list[Lease] = []
+        try:
+            self._take_free(taken, until)
+            if taken:
+                return taken.pop()
+        except BaseException:
+            self._give_all_back(taken)
+            raise
         lends = deadline is None and own.attach(slots)
         bell = _Bell(own)
-        taken: list[Lease] = []
 
         def over() -> bool:
             return until is not None and until._outcome is not None
@@ -140,22 +144,25 @@ class Admission:
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
         except BaseException:
-            # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
-            while taken:
-                self.give_back(taken.pop())
+            self._give_all_back(taken)
             raise
         finally:
             bell.hush()
 
-    def _take_free(self, until: Optional[Future[Any]]) -> Optional[Lease]:
+    def _take_free(self, taken: list[Lease], until: Optional[Future[Any]]) -> None:
         """Take a slot that is free at this instant, unless something else comes first."""
         reactor = self.reactor
         with reactor.lock:
-            lease = None
             if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
                 lease = reactor.crew.try_take()
+                if lease is not None:
+                    taken.append(lease)
             reactor.crew.unload()
-            return lease
+
+    def _give_all_back(self, taken: list[Lease]) -> None:
+        # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
+        while taken:
+            self.give_back(taken.pop())
 
     def _refuse_closed(self) -> None:
         if self.reactor.closed:
