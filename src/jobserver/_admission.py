@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # A waiter looks for the tokens of dead holders after each so many seconds of fruitless waiting.
 _TICK = 0.2
+# How often a waiter asks whether there is something to do early.
+_GLANCE = 0.05
 
 
 class Admission:
@@ -74,7 +76,10 @@ class Admission:
         return bool(self.reactor.ready) and not issuing()
 
     def take(
-        self, deadline: Optional[float], until: Optional[Future[Any]] = None
+        self,
+        deadline: Optional[float],
+        until: Optional[Future[Any]] = None,
+        early: Optional[Callable[[], bool]] = None,
     ) -> Optional[Lease]:
         """
         Wait for a slot for a child; a job without a deadline lends its own if there is no other.
@@ -82,6 +87,7 @@ class Admission:
         Args:
             deadline: The ``time.monotonic`` instant at which to give up.
             until: Give up as well, returning None, when this future is done.
+            early: Likewise, when this says so; it is asked at each tick.
 
         Raises:
             Blocked: There was none in time.
@@ -101,7 +107,9 @@ class Admission:
         bell = _Bell(own)
 
         def over() -> bool:
-            return until is not None and until._outcome is not None
+            if until is not None and until._outcome is not None:
+                return True
+            return early is not None and early()
 
         def test() -> bool:
             self._refuse_closed()
@@ -220,16 +228,37 @@ class Admission:
             with reactor.lock:
                 reactor.starving -= 1
 
-    def wait_for(self, future: Future[Any], deadline: Optional[float]) -> bool:
-        """Wait until ``future`` is done; issues callbacks meanwhile."""
-        return self._wait(lambda: future._outcome is not None, deadline, future)
+    def wait_for(
+        self,
+        future: Future[Any],
+        deadline: Optional[float],
+        early: Optional[Callable[[], bool]] = None,
+    ) -> bool:
+        """
+        Wait until ``future`` is done; issues callbacks meanwhile.
+
+        Args:
+            future: What to wait for.
+            deadline: The ``time.monotonic`` instant at which to give up.
+            early: Asked now and then (under the lock) whether to go on already.
+        """
+        if early is None:
+            return self._wait(lambda: future._outcome is not None, deadline, future)
+        ask = early
+        return self._wait(
+            lambda: future._outcome is not None or ask(), deadline, future, tick=_GLANCE
+        )
 
     def wait_for_all(self) -> None:
         """Wait until nothing is in flight; issues callbacks meanwhile."""
         self._wait(lambda: not self.reactor.running, None, None)
 
     def _wait(
-        self, over: Callable[[], bool], deadline: Optional[float], future: Optional[Future[Any]]
+        self,
+        over: Callable[[], bool],
+        deadline: Optional[float],
+        future: Optional[Future[Any]],
+        tick: Optional[float] = None,
     ) -> bool:
         reactor, own = self.reactor, own_slot()
         can_lend = deadline is None and own.attach(reactor.slots) and own.consumes
@@ -248,11 +277,12 @@ class Admission:
                     return True
                 lend = can_lend and (self._lends(future) or own.heard())
             if lend:
-                self._wait_lending(test, future)
+                self._wait_lending(test, future, tick)
             elif can_lend:
                 bell = own.bell()
-                reactor.wait(test_or_heard, None, target=future, arm=(bell,) if bell >= 0 else ())
-            elif not reactor.wait(test, deadline, target=future):
+                arm = (bell,) if bell >= 0 else ()
+                reactor.wait(test_or_heard, None, target=future, arm=arm, tick=tick)
+            elif not reactor.wait(test, deadline, target=future, tick=tick):
                 return False
 
     def _lends(self, future: Optional[Future[Any]]) -> bool:
@@ -260,7 +290,9 @@ class Admission:
             return future._lends
         return any(running._lends for running in self.reactor.running)
 
-    def _wait_lending(self, test: Callable[[], bool], future: Optional[Future[Any]]) -> None:
+    def _wait_lending(
+        self, test: Callable[[], bool], future: Optional[Future[Any]], tick: Optional[float]
+    ) -> None:
         reactor, own = self.reactor, own_slot()
         bell = _Bell(own)
 
@@ -280,7 +312,9 @@ class Admission:
                 mine.release()
         try:
             while not reactor.wait(test, time.monotonic(), target=future):
-                reactor.wait(lambda: test() or heard(), None, target=future, arm=bell.arm(()))
+                reactor.wait(
+                    lambda: test() or heard(), None, target=future, arm=bell.arm(()), tick=tick
+                )
                 with reactor.lock:
                     mine = own.lend() if heard() and not test() else None
                     if mine is not None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from typing import Any, Callable, NamedTuple, Optional
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, NamedTuple, Optional
 
 from ._check import check_pause
 from ._promise import Promise
+from ._worker._ledger import Ledger
 
 
 class Call(NamedTuple):
@@ -19,6 +21,11 @@ class Call(NamedTuple):
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    ledger: Optional[Ledger] = None  # which its worker is to have
+
+    def handed_over(self) -> ContextManager[None]:
+        """Return the context in which to start the worker."""
+        return nullcontext() if self.ledger is None else self.ledger.handed_over()
 
 
 class Backlog:

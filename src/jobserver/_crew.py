@@ -57,6 +57,11 @@ class Crew:
     def __len__(self) -> int:
         return len(self._resting)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether one of them still has a token."""
+        return bool(self._loaded)
+
     def try_take(self) -> Optional[Lease]:
         """Take a free token for the next job, for a worker at rest if possible."""
         if not self.warm:

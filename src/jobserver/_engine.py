@@ -29,7 +29,7 @@ import weakref
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from signal import SIGKILL
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Optional
+from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 from . import _forking
 from ._backlog import Backlog, Call
@@ -72,7 +72,7 @@ class Engine:
         self._running: dict[Future[Any], Optional[Promise[Any]]] = {}
         self._sink: deque[Future[Any]] = deque()
         self._lease: Optional[Lease] = None
-        self._cancelling = False  # what finds no slot at once
+        self.cancelling = False  # what finds no slot at once
         self._signal: Optional[int] = None
         self._wakeup: Optional[Wakeup] = None
         self._thread: Optional[threading.Thread] = None
@@ -83,20 +83,18 @@ class Engine:
 
     # What any thread may call
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Promise[Any]:
-        """Queue a call."""
+    def submit(self, call: Call, *, more: bool = False) -> Promise[Any]:
+        """Queue a call; ``more`` of what was accepted before is accepted until it is cancelled."""
         self.refuse_foreign()
         with self._starting:
             wakeup = self._wakeup or Wakeup(self._shared.reactor)
             promise: Promise[Any] = Promise(self)
             try:
                 with self._backlog.lock:
-                    self._refuse()
+                    self._refuse(more=more and threading.current_thread() is self._thread)
                     self._wakeup = wakeup
                     alone = not self._backlog
-                    self._backlog.add(promise, Call(fn, args, kwargs))
+                    self._backlog.add(promise, call)
                 if self._thread is None:
                     self._start()
                 elif alone:
@@ -109,9 +107,11 @@ class Engine:
                 raise
         return promise
 
-    def _refuse(self) -> None:
+    def _refuse(self, *, more: bool) -> None:
         if self.broken is not None:
             raise BrokenProcessPool(self.broken)
+        if more and not self.cancelling:
+            return
         if _ended_in == os.getpid():
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self.stopping:
@@ -157,7 +157,7 @@ class Engine:
         with self._backlog.lock:
             self.stopping = True
             if cancel:
-                self._cancelling = True
+                self.cancelling = True
                 dropped = self._backlog.cut(keep)
             wakeup = self._wakeup
         if wakeup is not None:
@@ -274,7 +274,7 @@ class Engine:
         due = self._due()
         if self._backlog and not self._shared.closed:
             self._lease = self._shared.reactor.crew.try_take() or self._patience.lend()
-        return due or self._lease is not None or not self._backlog or self._cancelling
+        return due or self._lease is not None or not self._backlog or self.cancelling
 
     def _turn(self, sought: bool) -> None:
         if self._wakeup is not None:
@@ -291,7 +291,7 @@ class Engine:
             pass
         elif self._shared.closed:
             self._backlog.fail_all(RuntimeError("Jobserver is closed"))
-        elif self._cancelling and sought:
+        elif self.cancelling and sought:
             self.stop(cancel=True, start=False)
 
     def _take_free(self) -> Optional[Lease]:
@@ -313,9 +313,10 @@ class Engine:
             return
         promise, call = found
         try:
-            job = self._shared.start(
-                self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
-            )
+            with call.handed_over():
+                job = self._shared.start(
+                    self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
+                )
         except BaseException as error:  # noqa: BLE001
             promise.resolve(None, of_start(error))
             return
@@ -329,8 +330,8 @@ class Engine:
     def _task(self, call: Call) -> Task:
         js = self.jobserver
         if self._initializer is not None:
-            return Task(*call, js._env, js._preexec_fn, self._initializer)
-        return Task(*call, js._env, js._preexec_fn)
+            return Task(*call[:3], js._env, js._preexec_fn, self._initializer)
+        return Task(*call[:3], js._env, js._preexec_fn)
 
     def _complete(self, job: Future[Any]) -> None:
         # A very short job may be in the sink before `start` has returned; that is this thread, so

@@ -13,10 +13,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from concurrent.futures import Future as StdFuture
 from multiprocessing.context import BaseContext
-from typing import Any, Callable, Optional, TypeVar, Union
+from typing import Any, Callable, Literal, Optional, TypeVar, Union
 
+from ._backlog import Call
+from ._batches import Batches
 from ._check import check_callable, check_optional_callable
 from ._engine import Engine
+from ._executor_map import ExecutorMap
+from ._inputs import Inputs
 from ._jobserver import Jobserver
 from ._worker._batch import run_batch
 from ._worker._initialize import Initializer
@@ -85,14 +89,14 @@ class JobserverExecutor(Executor):
             concurrent.futures.process.BrokenProcessPool: The initializer has failed.
         """
         check_callable("fn", fn)
-        return self._engine.submit(fn, args, kwargs)
+        return self._engine.submit(Call(fn, args, kwargs))
 
     def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: Optional[float] = None,
-        chunksize: int = 1,
+        chunksize: Union[int, Literal["auto"]] = 1,
         buffersize: Optional[int] = None,
     ) -> Iterator[T]:
         """
@@ -102,14 +106,15 @@ class JobserverExecutor(Executor):
             fn: What to call.
             iterables: As many as fn takes arguments; the shortest decides.
             timeout: Seconds from this call until the iterator raises TimeoutError.
-            chunksize: So many calls go to one worker together.
-            buffersize: None to read the inputs now; else the number of submissions that may be
-                outstanding, and inputs are read only as needed.
+            chunksize: So many calls go to one worker together; or "auto" for batches that follow
+                from how long the calls take, with the results of single calls.
+            buffersize: None to read the inputs now; else the number of submissions (calls, with
+                "auto") that may be outstanding, and inputs are read only as needed.
 
         Raises:
             TypeError, ValueError: A malformed argument.
         """
-        if chunksize < 1:
+        if chunksize != "auto" and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
@@ -117,10 +122,26 @@ class JobserverExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else timeout + time.monotonic()
         calls = zip(*iterables)
+        if chunksize == "auto":
+            return self._map_auto(fn, calls, buffersize, end)
         batches = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
         first = batches if buffersize is None else itertools.islice(batches, buffersize)
         futures = deque(self.submit(run_batch, fn, batch) for batch in first)
         return _results(futures, weakref.ref(self), fn, batches, end)
+
+    def _map_auto(
+        self,
+        fn: Callable[..., T],
+        calls: Iterable[tuple[Any, ...]],
+        buffersize: Optional[int],
+        end: Optional[float],
+    ) -> Iterator[T]:
+        engine, alive, lazy = self._engine, weakref.ref(self), buffersize is not None
+        bare = engine.jobserver._preexec_fn is None
+        batches = Batches(fn, Inputs(calls, None, lazy=lazy), None, buffersize, bare=bare)
+        run = ExecutorMap(engine, batches, (lambda: alive() is not None) if lazy else None)
+        run.feed(read=True)
+        return run.results(end)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
-from typing import Any, Callable, Optional, TypeVar, Union
+from typing import Any, Callable, Literal, Optional, TypeVar, Union
 
+from ._batches import Batches
 from ._check import (
     Env,
     check_args,
@@ -20,7 +21,8 @@ from ._check import (
     deadline_of,
 )
 from ._future import Future
-from ._map import Plan, plan_map
+from ._inputs import Inputs
+from ._map import Plan, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
 from ._worker._task import Task
 
@@ -140,9 +142,19 @@ class Jobserver:
         task = Task(fn, check_args(args), check_kwargs(kwargs), *self._worker_side(env, preexec_fn))
         check_consume(consume)
         check_optional_callable("sleep_fn", sleep_fn)
-        future = self._submit(task, consume, sleep_fn, deadline_of(timeout), None)
-        assert future is not None  # noqa: S101  # None is for `until` alone
-        return future
+        deadline = deadline_of(timeout)
+        shared = self._shared
+        shared.refuse_closed()
+        shared.admission.reap(keep=True)
+        gate = self._sleep_fn if sleep_fn is None else sleep_fn
+        if gate is not None:
+            shared.admission.gate(gate, deadline)
+        lease = None
+        if consume:
+            lease = shared.admission.take(deadline)
+        else:
+            shared.reactor.unload()
+        return shared.start(task, lease, lends=self._lend)
 
     def _worker_side(
         self, env: Optional[Env], preexec_fn: Optional[PreexecFn]
@@ -152,30 +164,6 @@ class Jobserver:
             self._env if env is None else check_env(env),
             self._preexec_fn if preexec_fn is None else preexec_fn,
         )
-
-    def _submit(
-        self,
-        task: Task,
-        consume: int,
-        sleep_fn: Optional[SleepFn],
-        deadline: Optional[float],
-        until: Optional[Future[Any]],
-    ) -> Optional[Future[Any]]:
-        """Submit what has been checked; None when ``until`` was done before a slot was free."""
-        shared = self._shared
-        shared.refuse_closed()
-        shared.admission.reap(keep=True)
-        gate = self._sleep_fn if sleep_fn is None else sleep_fn
-        if gate is not None:
-            shared.admission.gate(gate, deadline)
-        lease = None
-        if consume:
-            lease = shared.admission.take(deadline, until)
-            if lease is None:
-                return None
-        else:
-            shared.reactor.unload()
-        return shared.start(task, lease, lends=self._lend)
 
     def map(
         self,
@@ -187,7 +175,7 @@ class Jobserver:
         preexec_fn: Optional[PreexecFn] = None,
         sleep_fn: Optional[SleepFn] = None,
         timeout: Optional[float] = None,
-        chunksize: int = 1,
+        chunksize: Union[int, Literal["auto"]] = 1,
         buffersize: Optional[int] = None,
     ) -> Iterator[T]:
         """
@@ -205,9 +193,12 @@ class Jobserver:
             preexec_fn: See ``submit``; called once for each chunk.
             sleep_fn: See ``submit``.
             timeout: How many seconds from this call until the iterator raises TimeoutError.
-            chunksize: So many calls go to one worker together.
-            buffersize: None to collect the inputs now; else at most so many submissions are
-                outstanding, and inputs are read only as needed: infinite ones work.
+            chunksize: So many calls go to one worker together; or "auto" for batches that follow
+                from how long the calls take, about 0.2 seconds each, and the results of single
+                calls: a failure, or a worker's death, is that of one call.
+            buffersize: None to collect the inputs now; else at most so many submissions (calls,
+                with "auto") are outstanding, and inputs are read only as needed: infinite ones
+                work.
 
         Raises:
             TypeError, ValueError: A malformed argument.
@@ -217,8 +208,18 @@ class Jobserver:
         check_optional_callable("sleep_fn", sleep_fn)
         env_found, preexec_found = self._worker_side(env, preexec_fn)
         self._shared.refuse_closed()
-        plan = Plan(fn, env_found, preexec_found, sleep_fn, deadline_of(timeout))
-        return plan_map(self._submit, self._shared, plan, argses, kwargses, chunksize, buffersize)
+        plan = Plan(
+            env_found,
+            preexec_found,
+            self._sleep_fn if sleep_fn is None else sleep_fn,
+            self._lend,
+            deadline_of(timeout),
+        )
+        size = check_size(chunksize)
+        check_buffersize(buffersize)
+        inputs = Inputs(argses, kwargses, lazy=buffersize is not None)
+        batches = Batches(fn, inputs, size, buffersize, bare=preexec_found is None)
+        return Run(self._shared, plan, batches).results()
 
     def replace(
         self,

@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""``Jobserver.map``: chunks, windows, order."""
+"""``Jobserver.map``: submit batches as the results are iterated over."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import functools
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
+from ._batch import Batch
+from ._batches import Batches
 from ._callbacks import issuing
-from ._check import check_args, check_kwargs
 from ._errors import Blocked, CallbackRaised
 from ._future import Future
-from ._worker._chunk import Chunk, run_chunk
 from ._worker._task import Task
 
 if TYPE_CHECKING:
     from ._shared import Shared
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Submit = Callable[
-    [Task, int, Optional[Callable[[], Optional[float]]], Optional[float], Optional[Future[Any]]],
-    Optional[Future[Any]],
-]
 
 
 class _Late(Exception):
@@ -33,43 +29,27 @@ class _Late(Exception):
 class Plan(NamedTuple):
     """What is the same for every submission of one map."""
 
-    fn: Callable[..., Any]
     env: dict[str, Optional[str]]
     preexec_fn: Optional[Callable[[], Any]]
     sleep_fn: Optional[Callable[[], Optional[float]]]
+    lends: bool
     deadline: Optional[float]
 
-    def task(self, calls: tuple[Call, ...]) -> Task:
-        """Return the job for a chunk."""
-        return Task(run_chunk, (self.fn, calls), {}, self.env, self.preexec_fn)
 
-
-def plan_map(
-    submit: Submit,
-    shared: Shared,
-    plan: Plan,
-    argses: Optional[Iterable[Iterable[Any]]],
-    kwargses: Optional[Iterable[Mapping[str, Any]]],
-    chunksize: int,
-    buffersize: Optional[int],
-) -> Iterator[Any]:
-    """Check everything now; submit and yield as the result is iterated over."""
+def check_size(chunksize: Union[int, str]) -> Optional[int]:
+    """Return how many calls go to a worker; None for ``"auto"``."""
+    if isinstance(chunksize, str):
+        if chunksize != "auto":
+            raise ValueError(f"chunksize must be an int or 'auto', not {chunksize!r}")
+        return None
     _check_size("chunksize", chunksize)
+    return chunksize
+
+
+def check_buffersize(buffersize: Optional[int]) -> None:
+    """Refuse what is neither None nor an int >= 1."""
     if buffersize is not None:
         _check_size("buffersize", buffersize)
-    for name, given, element in (
-        ("argses", argses, "iterables of positional arguments"),
-        ("kwargses", kwargses, "mappings"),
-    ):
-        if isinstance(given, Mapping):
-            raise TypeError(f"{name} must be an iterable of {element}, not a single mapping")
-        if given is not None and not isinstance(given, Iterable):
-            raise TypeError(f"{name} must be iterable, not {type(given).__name__}")
-    _check_lengths(argses, kwargses)
-    calls = _calls(argses, kwargses)
-    if buffersize is None:
-        calls = iter(list(calls))
-    return _run(submit, shared, plan, calls, chunksize, buffersize)
 
 
 def _check_size(name: str, size: int) -> None:
@@ -79,95 +59,147 @@ def _check_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be >= 1, not {size}")
 
 
-def _check_lengths(argses: Any, kwargses: Any) -> None:
-    # Known now for sized inputs, and else when the shorter one has run out.
-    sized = hasattr(argses, "__len__") and hasattr(kwargses, "__len__")
-    if sized and len(argses) != len(kwargses):
-        raise ValueError(
-            f"argses and kwargses must be equally long, not {len(argses)} and {len(kwargses)}"
-        )
+class Run:
+    """
+    One map, in the thread that iterates over it.
 
+    What is there is yielded before anything is waited for; and with more than one call in a batch,
+    a slot that is free gets its next batch before the results of the last one are yielded.
+    """
 
-_MISSING: Any = object()
+    def __init__(self, shared: Shared, plan: Plan, batches: Batches) -> None:
+        self._shared = shared
+        self._plan = plan
+        self._batches = batches
+        self._futures: dict[Future[Any], Batch] = {}
+        self._ended: deque[Future[Any]] = deque()
+        self._next: Optional[Batch] = None  # cut, and not submitted yet
+        self._admitted = False  # the sleep_fn has let it in
 
+    def results(self) -> Iterator[Any]:
+        """Submit, wait, and yield."""
+        try:
+            while True:
+                self._settle()
+                head = self._batches.head
+                if head is not None and head.look():
+                    self._refill()
+                    yield from head.results()
+                    if head.ended:
+                        self._batches.pop()
+                elif not self._go_on(head):
+                    return
+        except _Late:
+            # Here, as it brings logging along, whose fork hooks each job would pay for.
+            import concurrent.futures
 
-def _calls(
-    argses: Optional[Iterable[Iterable[Any]]], kwargses: Optional[Iterable[Mapping[str, Any]]]
-) -> Iterator[Call]:
-    if argses is None and kwargses is None:
-        return
-    if argses is None or kwargses is None:
-        for args in argses or ():
-            yield check_args(args), {}
-        for kwargs in kwargses or ():
-            yield (), check_kwargs(kwargs)
-        return
-    for args, kwargs in itertools.zip_longest(argses, kwargses, fillvalue=_MISSING):
-        if args is _MISSING or kwargs is _MISSING:
-            shorter = "argses" if args is _MISSING else "kwargses"
-            raise ValueError(f"argses and kwargses must be equally long: {shorter} ended first")
-        yield check_args(args), check_kwargs(kwargs)
+            raise concurrent.futures.TimeoutError(
+                "map has not finished within its timeout"
+            ) from None
+        finally:
+            self._futures.clear()
+            self._batches.withdraw()
+            self._batches.close()
+            _reclaim(self._shared)
 
+    def _settle(self) -> None:
+        while self._ended:
+            future = self._ended.popleft()
+            assert future._outcome is not None  # noqa: S101  # that is why it is here
+            self._batches.settle(self._futures.pop(future), future._outcome)
 
-def _run(
-    submit: Submit,
-    shared: Shared,
-    plan: Plan,
-    calls: Iterator[Call],
-    chunksize: int,
-    buffersize: Optional[int],
-) -> Iterator[Any]:
-    outstanding: deque[Future[Chunk]] = deque()
-    waiting: Optional[tuple[Call, ...]] = None  # read, and not submitted yet
-    gate = plan.sleep_fn
-    try:
-        while True:
-            room = buffersize is None or len(outstanding) < buffersize
-            if waiting is None and room:
-                waiting = tuple(itertools.islice(calls, chunksize)) or None
-            head = outstanding[0] if outstanding else None
-            if waiting is not None and room:
-                # Until the head is done: its results are yielded first, then we try again.
-                try:
-                    future = submit(plan.task(waiting), 1, gate, plan.deadline, head)
-                except Blocked:
-                    raise _Late from None
-                gate = _let_in  # asked already, if it is this chunk's turn once more
-                if future is not None:
-                    outstanding.append(future)
-                    waiting, gate = None, plan.sleep_fn
-                    if not _ready(head):
-                        continue
-            elif head is None:
+    def _refill(self) -> None:
+        shared = self._shared
+        if not self._batches.several or self._plan.sleep_fn is not None or shared.closed:
+            return
+        shared.reactor.reap(keep=True)
+        if self._free() and self._cut() is not None:
+            with contextlib.suppress(_Late, _NoLedger):
+                self._submit(time.monotonic(), None)
+        shared.reactor.unload()  # what follows is code of the user's
+
+    def _free(self) -> bool:
+        """Whether there is a free slot: in the pool, or still with a worker that is done."""
+        shared = self._shared
+        return bool(shared.reactor.crew.loaded or shared.slots.free())
+
+    def _cut(self) -> Optional[Batch]:
+        if self._next is None:
+            self._next = self._batches.next(self._shared.slots.slots)
+        return self._next
+
+    def _go_on(self, head: Optional[Batch]) -> bool:
+        """Submit a batch, or wait for the head; says whether there is anything left to do."""
+        if self._cut() is None:
+            if head is None:
+                return False
+        else:
+            try:
+                self._submit(self._plan.deadline, head)
+            except _NoLedger as error:
+                # One comes free with the next batch that ends.
+                head = next((batch for batch in self._batches.order if batch.running), None)
+                if head is None:
+                    raise error.why from None
+            else:
+                return True
+        self._wait(head)
+        return True
+
+    def _wait(self, head: Batch) -> None:
+        future, several = head.future, self._batches.several
+        assert future is not None  # noqa: S101  # what is not submitted is cut before
+        early = functools.partial(self._early, head) if several else None
+        if not self._shared.admission.wait_for(future, self._plan.deadline, early):
+            raise _Late
+        if several and self._batches.can_rob() and self._free():
+            self._batches.rob()
+
+    def _early(self, head: Batch) -> bool:
+        """Whether there is something to do though the head has not ended."""
+        return head.look() or (self._batches.can_rob() and self._free())
+
+    def _submit(self, deadline: Optional[float], head: Optional[Batch]) -> None:
+        """Submit what has been cut, unless the head is done before there is a slot."""
+        shared, plan, batch = self._shared, self._plan, self._next
+        assert batch is not None  # noqa: S101
+        shared.refuse_closed()
+        shared.admission.reap(keep=True)
+        until, early = None, None
+        if head is not None and head.running:
+            # Its results are yielded first, then we try again.
+            until, early = head.future, head.look if self._batches.several else None
+        try:
+            task = Task(*self._batches.parts(batch), plan.env, plan.preexec_fn)
+        except OSError as error:
+            raise _NoLedger(error) from None
+        with contextlib.nullcontext() if batch.ledger is None else batch.ledger.handed_over():
+            try:
+                if plan.sleep_fn is not None and not self._admitted:
+                    shared.admission.gate(plan.sleep_fn, deadline)
+                    self._admitted = True
+                lease = shared.admission.take(deadline, until, early)
+            except Blocked:
+                raise _Late from None
+            if lease is None:
                 return
-            yield from _chunk_of(shared, outstanding, plan.deadline)
-    except _Late:
-        # Here, as it brings logging along, whose fork hooks each job would pay for.
-        import concurrent.futures
-
-        raise concurrent.futures.TimeoutError("map has not finished within its timeout") from None
-    finally:
-        outstanding.clear()
-        _reclaim(shared)
-
-
-def _let_in() -> None:
-    pass
+            future = shared.start(task, lease, lends=plan.lends)
+        self._next, self._admitted = None, False
+        self._batches.submitted(batch, future)
+        self._futures[future] = batch
+        with shared.reactor.lock:
+            if future._outcome is None:
+                future._sink = self._ended
+            else:
+                self._ended.append(future)
 
 
-def _ready(head: Optional[Future[Chunk]]) -> bool:
-    return head is not None and head._outcome is not None
+class _NoLedger(Exception):
+    """There was no descriptor for one."""
 
-
-def _chunk_of(
-    shared: Shared, outstanding: deque[Future[Chunk]], deadline: Optional[float]
-) -> Iterator[Any]:
-    head = outstanding[0]
-    if not shared.admission.wait_for(head, deadline):
-        raise _Late
-    chunk = head.result()
-    outstanding.popleft()
-    yield from chunk.results()
+    def __init__(self, why: OSError) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 def _reclaim(shared: Shared) -> None:

@@ -1,55 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""Several calls in one worker."""
+"""
+Several calls in one worker.
+
+A chunk of a size that the user has chosen is made to its end, or to the first call that fails: the
+iteration will end there. A *shared* chunk belongs to a map that chooses the sizes itself. In it a
+failure is that of one call, others may take calls away, and the worker gives back what it has not
+begun when the chunk lasts too long.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pickle import PickleBuffer
-from typing import Any, Callable, Optional
+import os
+import pickle
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
-from jobserver._outcome import Outcome
-from jobserver._wire import Frame
+from jobserver import _forking
+from jobserver._dump import _PLAIN, load
+from jobserver._wire import DIED, RESULT
 
-from ._answer import Answer, raised
+from ._answer import Answer, answer_of, raised
+from ._ledger import FIRST, Ledger, frame
+from ._process import flush_streams
 
+if TYPE_CHECKING:
+    from ._log import Log
 
-class Chunk:
-    """The values of the calls up to the first that failed, and that failure."""
-
-    def __init__(self, values: list[Any], failed: Optional[Answer]) -> None:
-        self._values = values
-        self._failed = failed
-
-    def results(self) -> Iterator[Any]:
-        """Yield the values, then raise what the failed call raised."""
-        yield from self._values
-        if self._failed is not None:
-            kind, text, payload, exitcode = self._failed
-            segments = [text.encode("utf-8", "backslashreplace"), *payload]
-            Outcome(Frame(kind, 0, exitcode, segments), None).get()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        failed = self._failed
-        if failed is not None:
-            # What is bytes or a bytearray must stay so; other buffers may be of any type.
-            pickled, *buffers = failed.payload
-            views: list[Any] = [
-                piece if isinstance(piece, (bytes, bytearray)) else PickleBuffer(piece)
-                for piece in buffers
-            ]
-            failed = failed._replace(payload=[bytes(pickled), *views])
-        return Chunk, (self._values, failed)
+# So much of a shared chunk is out of reach for others, in seconds: looking whether they have taken
+# calls away costs as much as a short call.
+_STRIDE = 0.001
+# A shared chunk whose results are longer than so many bytes is ended: they lie in memory.
+_MOST_BYTES = 1 << 24
 
 
-def run_chunk(
-    fn: Callable[..., Any], calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
-) -> Chunk:
-    """Call fn for each; stop at the first failure, which is where the iteration will end."""
-    values: list[Any] = []
-    for args, kwargs in calls:
+class Done(NamedTuple):
+    """How far a chunk has come by itself: so many calls were made, in so many seconds."""
+
+    made: int
+    seconds: float
+
+
+class Chunk(NamedTuple):
+    """
+    Calls of ``fn``, and where to write what they come to.
+
+    Args:
+        fn: What to call.
+        argses: The positional arguments of each call.
+        kwargses: The keyword arguments of each; None where none has any.
+        ledger: Has a place for each call.
+        patience: None for a chunk of a chosen size; else after how many seconds a shared one gives
+            back what it has not begun.
+    """
+
+    fn: Callable[..., Any]
+    argses: Sequence[tuple[Any, ...]]
+    kwargses: Optional[Sequence[Mapping[str, Any]]]
+    ledger: Ledger
+    patience: Optional[float]
+
+
+def run_chunk(*parts: Any) -> Done:
+    """Make the calls of ``Chunk(*parts)``; or some of them, see there."""
+    from ._log import Log  # which only workers with chunks need
+
+    chunk = Chunk(*parts)
+    log = Log(chunk.ledger)
+    begun = time.monotonic()
+    try:
+        if chunk.patience is None or chunk.ledger.count == 1:
+            count = _make(chunk, log, 0, chunk.ledger.count)
+        else:
+            count = _make_shared(chunk, log, begun + chunk.patience)
+    finally:
+        log.close()
+    return Done(count, time.monotonic() - begun)
+
+
+def _make_shared(chunk: Chunk, log: Log, end: float) -> int:
+    stride, start, now = 1, 0, time.monotonic()
+    while start < log.limit():
+        stop = min(start + stride, log.limit())
+        if not log.lock(start, stop):
+            if stride == 1:
+                break
+            stride = 1  # some of these have been taken away
+            continue
+        # What is locked now cannot be taken; what was taken before, and let go of, is not ours.
+        stop = min(stop, log.limit())
+        if start >= stop:
+            break
+        _make(chunk, log, start, stop)
+        before, now = now, time.monotonic()
+        if now > end or log.at > _MOST_BYTES:
+            return stop
+        lasted = now - before
+        stride = 2 * stride if lasted < _STRIDE / 2 else max(1, int(stride * _STRIDE / lasted))
+        start = stop
+    return start
+
+
+def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
+    """Make some calls; returns the number of the first that was not made."""
+    fn, argses, kwargses = chunk.fn, chunk.argses[start:stop], chunk.kwargses
+    kwargs_of: Iterable[Mapping[str, Any]] = (
+        repeat({}) if kwargses is None else kwargses[start:stop]
+    )
+    epoch, plain, dumps, small = _forking.epoch(), _PLAIN, pickle.dumps, log.small.dumps
+    memory, cells, at, room = log.memory, log.cells, log.at, len(log.memory)
+    place = start + FIRST
+    for args, kwargs in zip(argses, kwargs_of):
         try:
-            values.append(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001
-            return Chunk(values, raised(error))
-    return Chunk(values, None)
+            value = fn(*args, **kwargs)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001  # it is the user's, and goes to the caller
+            _end_copy(epoch)
+            answer = raised(error)
+        else:
+            if _forking._epoch != epoch:
+                _end_copy(epoch)
+            if value is None:
+                cells[place] = at << 1  # an empty record
+                place += 1
+                continue
+            try:
+                data = dumps(value, 5) if type(value) in plain else small(value)
+            except BaseException:  # noqa: BLE001  # large, or else told below
+                data = b""
+            end = at + len(data)
+            if data and end <= room:
+                memory[at:end] = data
+                cells[place] = end << 1
+                at = end
+                place += 1
+                continue
+            answer = answer_of(lambda value=value: value)  # type: ignore[misc]
+        value = None
+        log.at = at
+        _tell(log, place - FIRST, answer)
+        memory, cells, at, room = log.memory, log.cells, log.at, len(log.memory)
+        place += 1
+        if answer.kind != RESULT and chunk.patience is None:
+            break
+    log.at = at
+    return place - FIRST
+
+
+def _end_copy(epoch: int) -> None:
+    """If fn has forked and let the child return, too, that ends: only the original goes on."""
+    if _forking.epoch() != epoch:
+        flush_streams()
+        os._exit(0)
+
+
+def _tell(log: Log, index: int, answer: Answer) -> None:
+    """Write the record of a call that has failed, or whose result is large."""
+    if answer.kind == DIED:  # pickling has ended the process
+        raise load(answer.payload[0], answer.payload[1:])
+    text = answer.text.encode("utf-8", "backslashreplace")
+    log.add(index, frame(answer.kind, answer.exitcode, [text, *answer.payload]))
