@@ -29,7 +29,7 @@ from . import _forking
 from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
-from ._signals import Deferred, DeferringLock, deferred
+from ._signals import Deferred, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
@@ -57,7 +57,8 @@ class Reactor:
     def __init__(self, slots: SlotPool, crew: Crew) -> None:
         self.slots = slots
         self.crew = crew
-        self.lock = DeferringLock()
+        # Reentrant, as a signal handler may call us wherever it interrupts its thread.
+        self.lock: Any = threading.RLock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
         # Futures that this job, having lent its slot, waits for: it goes on with their slot.
@@ -162,7 +163,7 @@ class Reactor:
         """
         if not self._watched:
             return
-        with self.lock:
+        with deferred(), self.lock:
             try:
                 self._prepare_nudge()
             except OSError:
@@ -433,7 +434,7 @@ class Reactor:
     def drop(self) -> None:
         """The last handle is gone; called by finalizers, so perhaps from within our own code."""
         self._dropped = True
-        if self.lock.acquire(blocking=False):
+        if not self.lock._is_owned() and self.lock.acquire(blocking=False):
             try:
                 self._retire()
             finally:
@@ -485,7 +486,7 @@ class Reactor:
             future._foreign = True
         self.crew.forget()
         self._nudge = -1
-        self.lock = DeferringLock()
+        self.lock = threading.RLock()
         self.ready = deque()
         self.claimed = set()
         self.starving = 0

@@ -50,11 +50,12 @@ class Deferred:
             try:
                 # Runs the handlers of what has come just before; if one raises we are not in yet.
                 _mask(_BLOCK, _DEFERRED)
+                self._outermost = True
+                _outside = before
             except BaseException:
+                _outside = None
                 _mask(_SETMASK, before)
                 raise
-            _outside = before
-            self._outermost = True
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -94,38 +95,6 @@ class _Lifted:
                 _mask(_BLOCK, _DEFERRED)
             finally:
                 _outside = self._outside
-
-
-class DeferringLock:
-    """A lock under which signals wait: so that no handler waits for what its own thread holds."""
-
-    __slots__ = ("_deferred", "_lock")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._deferred = Deferred()  # of whoever holds the lock
-
-    def acquire(self, *, blocking: bool = True) -> bool:
-        """Acquire the lock; False if that is not possible without blocking."""
-        mine = Deferred()
-        mine.__enter__()
-        if not self._lock.acquire(blocking):
-            mine.__exit__()
-            return False
-        self._deferred = mine
-        return True
-
-    def release(self) -> None:
-        """Release it."""
-        mine = self._deferred
-        self._lock.release()
-        mine.__exit__()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
 
 
 def deferred() -> Deferred:
