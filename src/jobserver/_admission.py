@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from ._callbacks import issue_due, issuing
 from ._check import check_pause
 from ._errors import Blocked
+from ._signals import deferred
 from ._slots._lease import Lease
 from ._slots._own import OwnSlot, own_slot
 
@@ -142,7 +143,7 @@ class Admission:
         except BaseException:
             # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
             while taken:
-                self.give_back(taken.pop())
+                self.give_back(taken.pop(), unheard=True)
             raise
         finally:
             bell.hush()
@@ -150,12 +151,17 @@ class Admission:
     def _take_free(self, until: Optional[Future[Any]]) -> Optional[Lease]:
         """Take a slot that is free at this instant, unless something else comes first."""
         reactor = self.reactor
-        with reactor.lock:
-            lease = None
-            if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
-                lease = reactor.crew.try_take()
-            reactor.crew.unload()
-            return lease
+        lease = None
+        try:
+            with deferred(), reactor.lock:
+                if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
+                    lease = reactor.crew.try_take()
+                reactor.crew.unload()
+        except BaseException:
+            if lease is not None:
+                self.give_back(lease, unheard=True)
+            raise
+        return lease
 
     def _refuse_closed(self) -> None:
         if self.reactor.closed:

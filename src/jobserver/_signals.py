@@ -61,7 +61,7 @@ class Deferred:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _outside  # noqa: PLW0603
+        global _outside
         if self._outermost:
             self._outermost = False
             before, _outside = _outside, None
@@ -79,7 +79,7 @@ class _Lifted:
         self._outside: Any = None
 
     def __enter__(self) -> None:
-        global _outside  # noqa: PLW0603
+        global _outside
         if _outside is not None and get_ident() == _main:
             # A handler may come back into our code, where signals are then to be blocked again.
             self._outside, _outside = _outside, None
@@ -136,7 +136,7 @@ def restore(mask: Iterable[int]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _main, _outside  # noqa: PLW0603
+    global _main, _outside
     if _main != get_ident():
         _main, _outside = get_ident(), None  # another thread's signals were deferred
     _handed_on.clear()
