@@ -9,6 +9,7 @@ import concurrent.futures
 import inspect
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures import Future as StdFuture
@@ -29,7 +30,7 @@ from helpers import (
     sleep,
     wait_until,
 )
-from jobs import Appender, name_of_worker
+from jobs import Appender, name_of_worker, signal_state
 
 from jobserver import Blocked, Jobserver, JobserverExecutor
 
@@ -84,6 +85,18 @@ def test_one_thread(method: str, gate: Gate) -> None:
         assert len({future.result(PATIENCE) for future in futures}) == 3
         assert len(os.listdir("/proc/self/task")) == system + 1
     assert executor_threads() == []
+
+
+@pytest.mark.contract("E1", "E5")
+def test_signals_are_for_the_main_thread(method: str) -> None:
+    """The executor's thread has them blocked; its workers, and theirs, have not."""
+    with JobserverExecutor(1, method) as executor:
+        assert executor.submit(signal_state).result(PATIENCE) == ([], True)
+        (thread,) = executor_threads()
+        status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1
 
 
 @pytest.mark.contract("E1")

@@ -259,6 +259,73 @@ def test_storm_of_interrupts(storm: Callable[[int, int], None], method: str) -> 
     storm(20 if method == "spawn" else 100, 0)
 
 
+EXECUTORS = """
+import gc, random, signal, sys
+from jobserver import Jobserver, JobserverExecutor
+from helpers import PATIENCE, identity, steady_fds
+
+class Interrupted(BaseException):
+    pass
+
+def interrupt(signum, frame):
+    raise Interrupted
+
+if __name__ == "__main__":
+    method, rounds, seed = sys.argv[1:]
+    random.seed(int(seed))
+    signal.signal(signal.SIGALRM, interrupt)
+    js = Jobserver(method, 2)
+    with JobserverExecutor(js) as executor:
+        executor.submit(identity, 1).result()
+    before = steady_fds(js)
+    for _ in range(int(rounds)):
+        executor = None
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 8e-3))
+            while True:
+                executor = JobserverExecutor(js)
+                futures = [executor.submit(identity, number) for number in range(3)]
+                assert [future.result() for future in futures] == [0, 1, 2]
+                assert list(executor.map(identity, range(2))) == [0, 1]
+                executor.shutdown()
+        except Interrupted:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if executor is not None:
+            if not executor._engine.stopping:
+                assert executor.submit(identity, 5).result(PATIENCE) == 5
+            executor.shutdown()
+    del executor
+    gc.collect()
+    print(steady_fds(js) - before, js._shared.slots.free())
+"""
+
+
+@pytest.mark.contract("E5", "S18")
+def test_storm_of_interrupts_on_executors(tmp_path: Path) -> None:
+    """Interrupts at random moments of an executor's calls leave it usable, and lose nothing."""
+    script = tmp_path / "program.py"
+    script.write_text(EXECUTORS)
+
+    done = run_program([str(script), "fork", "60", "0"])
+
+    assert (done.stdout, done.stderr) == ("0 2\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.contract("E5", "S18")
+@pytest.mark.parametrize("seed", range(1, 3))
+def test_long_storm_of_interrupts_on_executors(tmp_path: Path, method: str, seed: int) -> None:
+    """The same for a long time."""
+    script = tmp_path / "program.py"
+    script.write_text(EXECUTORS)
+
+    rounds = "150" if method == "spawn" else "1500"
+    done = run_program([str(script), method, rounds, str(seed)], timeout=300)
+
+    assert (done.stdout, done.stderr) == ("0 2\n", "")
+
+
 @pytest.mark.slow
 @pytest.mark.contract("S18")
 @pytest.mark.parametrize("seed", range(1, 5))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from ._callbacks import issue_due, issuing
 from ._check import check_pause
 from ._errors import Blocked
+from ._signals import deferred
 from ._slots._lease import Lease
 from ._slots._own import OwnSlot, own_slot
 
@@ -160,7 +161,7 @@ class Admission:
     def _take_free(self, taken: list[Lease], until: Optional[Future[Any]]) -> None:
         """Take a slot that is free at this instant, unless something else comes first."""
         reactor = self.reactor
-        with reactor.lock:
+        with deferred(), reactor.lock:
             if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
                 lease = reactor.crew.try_take()
                 if lease is not None:
@@ -170,7 +171,7 @@ class Admission:
     def _give_all_back(self, taken: list[Lease]) -> None:
         # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
         while taken:
-            self.give_back(taken.pop())
+            self.give_back(taken.pop(), unheard=True)
 
     def _refuse_closed(self) -> None:
         if self.reactor.closed:

@@ -27,6 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, ContextManager, Optional
@@ -37,6 +38,7 @@ from ._casualty import of_end, of_start
 from ._future import Future
 from ._patience import Patience
 from ._promise import Promise
+from ._signals import deferred, outside, stand_aside, step_back
 from ._slots._lease import Lease
 from ._wakeup import Wakeup
 from ._worker._initialize import Initializer, InitializerFailed
@@ -87,8 +89,8 @@ class Engine:
         """Queue a call; ``more`` of what was accepted before is accepted until it is cancelled."""
         self.refuse_foreign()
         with self._starting:
-            wakeup = self._wakeup or Wakeup(self._shared.reactor)
             promise: Promise[Any] = Promise(self)
+            wakeup = self._wakeup or Wakeup(self._shared.reactor)
             try:
                 with self._backlog.lock:
                     self._refuse(more=more and threading.current_thread() is self._thread)
@@ -131,16 +133,12 @@ class Engine:
 
     def _start(self) -> None:
         # Not a daemon: the interpreter's end waits for it, and has told it before (`_at_exit`).
-        thread = threading.Thread(target=self._serve, name="JobserverExecutor")
-        try:
+        mask = outside()
+        thread = threading.Thread(target=self._serve, args=(mask,), name="JobserverExecutor")
+        with deferred():  # else Ctrl-C could leave a thread running that nobody knows of
             thread.start()
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C, while the thread has started and is waited for to say so
             self._thread = thread
-            raise
-        self._thread = thread
-        _engines.add(self)
+            _engines.add(self)
 
     def stop(self, *, cancel: bool = False, start: bool = True) -> None:
         """
@@ -213,8 +211,9 @@ class Engine:
 
     # The thread
 
-    def _serve(self) -> None:
+    def _serve(self, mask: Iterable[int]) -> None:
         try:
+            stand_aside(mask)
             while not self._over():
                 try:
                     sought = self._wait()
@@ -226,6 +225,7 @@ class Engine:
             self._break(f"the executor's thread has failed: {error!r}", error)
         finally:
             self._close()
+            step_back()
 
     def _over(self) -> bool:
         if not self.stopping and self.broken is None:

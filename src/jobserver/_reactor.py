@@ -28,7 +28,7 @@ from ._crew import Crew
 from ._flight import Flight, Started
 from ._outcome import Outcome
 from ._poller import Poller
-from ._signals import Deferred, DeferringLock, deferred
+from ._signals import Deferred, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._lease import Lease
 from ._slots._own import own_slot
@@ -51,7 +51,8 @@ class Reactor:
     def __init__(self, slots: SlotPool, crew: Crew) -> None:
         self.slots = slots
         self.crew = crew
-        self.lock = DeferringLock()
+        # Reentrant, as a signal handler may call us wherever it interrupts its thread.
+        self.lock: Any = threading.RLock()
         # Futures whose callbacks are due, oldest first.
         self.ready: deque[Future[Any]] = deque()
         # Futures that this job, having lent its slot, waits for: it goes on with their slot.
@@ -152,7 +153,7 @@ class Reactor:
         """
         if not self.poller.watched:
             return
-        with self.lock:
+        with deferred(), self.lock:
             try:
                 self._prepare_nudge()
             except OSError:
@@ -377,7 +378,7 @@ class Reactor:
     def drop(self) -> None:
         """The last handle is gone; called by finalizers, so perhaps from within our own code."""
         self._dropped = True
-        if self.lock.acquire(blocking=False):
+        if not self.lock._is_owned() and self.lock.acquire(blocking=False):
             try:
                 self._retire()
             finally:
@@ -416,7 +417,7 @@ class Reactor:
         for future in self.running:
             future._foreign = True
         self.crew.forget()
-        self.lock = DeferringLock()
+        self.lock = threading.RLock()
         self.ready = deque()
         self.claimed = set()
         self.starving = 0

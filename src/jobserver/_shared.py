@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -25,7 +26,7 @@ from ._future import Future
 from ._launch import Launcher, launcher_for
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
-from ._signals import Deferred, DeferringLock, deferred
+from ._signals import Deferred, deferred
 from ._slots._lease import Lease
 from ._slots._makeflags import Unusable, open_outer
 from ._slots._own import own_slot
@@ -54,7 +55,7 @@ class Shared:
         self.admission = Admission(self.reactor)
         self._canary: Optional[weakref.ref[Canary]] = None
         self._entered = 0
-        self._lock = DeferringLock()
+        self._lock = threading.RLock()
         _by_key[slots.key] = self
         _forking.track(self, at_leisure=True)
 
@@ -198,7 +199,7 @@ class Shared:
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The parent's with-blocks are the parent's."""
         self._entered = 0
-        self._lock = DeferringLock()
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         _forking.settle()

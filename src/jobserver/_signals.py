@@ -30,6 +30,8 @@ _BLOCK = int(signal.SIG_BLOCK)
 _SETMASK = int(signal.SIG_SETMASK)
 
 
+# What workers get that are started by a thread of ours, by that thread.
+_handed_on: dict[int, Iterable[int]] = {}
 # What the main thread had blocked when it came into our code; None while it is outside.
 _outside: Any = None
 _main = threading.main_thread().ident
@@ -50,11 +52,12 @@ class Deferred:
             try:
                 # Runs the handlers of what has come just before; if one raises we are not in yet.
                 _mask(_BLOCK, _DEFERRED)
+                self._outermost = True
+                _outside = before
             except BaseException:
+                _outside = None
                 _mask(_SETMASK, before)
                 raise
-            _outside = before
-            self._outermost = True
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -96,38 +99,6 @@ class _Lifted:
                 _outside = self._outside
 
 
-class DeferringLock:
-    """A lock under which signals wait: so that no handler waits for what its own thread holds."""
-
-    __slots__ = ("_deferred", "_lock")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._deferred = Deferred()  # of whoever holds the lock
-
-    def acquire(self, *, blocking: bool = True) -> bool:
-        """Acquire the lock; False if that is not possible without blocking."""
-        mine = Deferred()
-        mine.__enter__()
-        if not self._lock.acquire(blocking):
-            mine.__exit__()
-            return False
-        self._deferred = mine
-        return True
-
-    def release(self) -> None:
-        """Release it."""
-        mine = self._deferred
-        self._lock.release()
-        mine.__exit__()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
 def deferred() -> Deferred:
     """Return a context in which signals wait."""
     return Deferred()
@@ -137,7 +108,24 @@ def outside() -> Iterable[int]:
     """Return which signals this thread has blocked outside of our code: what a worker inherits."""
     if _outside is not None and get_ident() == _main:
         return _outside  # type: ignore[no-any-return]
-    return _mask(_BLOCK, ())  # type: ignore[no-any-return]
+    mine = _handed_on.get(get_ident())
+    return _mask(_BLOCK, ()) if mine is None else mine
+
+
+def stand_aside(mask: Iterable[int]) -> None:
+    """
+    In a thread of ours: leave signals to the main thread, which so can have them wait.
+
+    Args:
+        mask: What workers that are started by this thread are to have blocked.
+    """
+    _handed_on[get_ident()] = mask
+    _mask(_BLOCK, _DEFERRED)
+
+
+def step_back() -> None:
+    """At the end of that thread."""
+    _handed_on.pop(get_ident(), None)
 
 
 def restore(mask: Iterable[int]) -> None:
@@ -151,6 +139,7 @@ def _after_fork_in_child() -> None:
     global _main, _outside
     if _main != get_ident():
         _main, _outside = get_ident(), None  # another thread's signals were deferred
+    _handed_on.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -31,10 +31,15 @@ class Wakeup:
         self._lock = threading.RLock()
         with reactor.lock:
             reactor.poller.get()  # so that the thread need not find a descriptor for it
-        with deferred(), _forking.books_lock():
-            self._fd = new_fifo(1)
-            _forking.owned.add(self._fd)
-            _forking.track(self, at_leisure=True)
+        self._fd = -1
+        try:
+            with deferred(), _forking.books_lock():
+                self._fd = new_fifo(1)
+                _forking.owned.add(self._fd)
+                _forking.track(self, at_leisure=True)
+        except BaseException:
+            self.close()  # nobody will have this object
+            raise
 
     def fileno(self) -> int:
         """Return the descriptor."""
