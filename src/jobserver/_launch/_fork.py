@@ -55,7 +55,7 @@ class ForkLauncher:
         if stays is not None:
             told = watched()
             habitat = Habitat(variables(), told["dir"])
-            next_jobs = Next(writer, stays, habitat, seat.key, seat.place, seat.bell)
+            next_jobs = Next(writer, stays, habitat, seat.place, seat.bell)
         worker = Worker(writer, next_jobs)
         mask = _signals.outside()
         pid = -1

@@ -102,17 +102,27 @@ class OwnSlot:
 
     def leave(self) -> int:
         """
-        At the end of a job in a worker that stays: let go of all that was for this job alone.
+        At the end of a job in a worker that stays: let go of the slot.
 
         Returns:
             The descriptor of the lease it came with; -1 if its slot was returned.
         """
-        bell, self._inner_bell = self._inner_bell, -1
-        if bell >= 0:
-            os.close(bell)
         if self._first is None:
             return self._fd
         return self._first.leave() if self.lease is self._first else -1
+
+    def successor(self, fd: int, place: Optional[tuple[int, int]], bell: int) -> OwnSlot:
+        """
+        Return what the next job in this process runs on; after ``leave``.
+
+        It keeps the bell for its children: a reactor that outlives the job may have armed it, and
+        would take another one of the same number for armed, too.
+        """
+        slot = OwnSlot(self._key, fd, place, bell)
+        slot._inner_bell, self._inner_bell = self._inner_bell, -1
+        while slot.heard():  # left by ringers that were killed
+            os.read(slot._inner_bell, 64)
+        return slot
 
     def bell_for_child(self) -> int:
         """Return the bell that a child is to ring, -1 for none."""

@@ -102,10 +102,10 @@ class Worker:
         if self._next is None or answer.kind == DIED:
             return False
         finish_jobs()
-        stays = self._next.tidy()
-        finish_jobs()  # of the threads that were waited for
+        if not self._next.tidy():
+            return False
         flush_streams()
-        return stays
+        return True
 
     def _is_open(self) -> bool:
         # The job may have closed the channel, and opened another file under its number.

@@ -13,7 +13,7 @@ from typing import Any, Callable, NoReturn, Optional
 from jobserver._errors import Untransferable
 from jobserver._fds import MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
-from jobserver._slots._own import OwnSlot, own_slot, run_on
+from jobserver._slots._own import own_slot, run_on
 from jobserver._wire import Frame
 
 from . import _inherit
@@ -34,7 +34,6 @@ class Next:
         channel: A blocking stream socket.
         stays: How long this worker may stay.
         habitat: What jobs are to find here.
-        key: Which pool the jobs are on.
         place: The section and the berth of the lease that the worker has.
         bell: The descriptor of the bell, -1 for none.
     """
@@ -44,7 +43,6 @@ class Next:
         channel: int,
         stays: Stays,
         habitat: Habitat,
-        key: Optional[tuple[int, int]],
         place: Optional[tuple[int, int]],
         bell: int,
     ) -> None:
@@ -52,7 +50,6 @@ class Next:
         self._left = stays.tasks
         self._idle = stays.idle
         self._habitat = habitat
-        self._key = key
         self._place = place
         self._bell = bell
         self._lease = -1
@@ -93,7 +90,7 @@ class Next:
             self._lease = _exchange(self._lease, fds.pop(0))
         if "bell" in told:
             self._bell = _exchange(self._bell, fds.pop(0))
-        run_on(OwnSlot(self._key, self._lease, self._place, self._bell))
+        run_on(own_slot().successor(self._lease, self._place, self._bell))
         _inherit.hold(fds)
         return _Job(frame, told, self._habitat).run
 

@@ -57,7 +57,7 @@ def serve(
     _inherit.hold(fds)
     stays: Optional[Stays] = changed["stays"]
     habitat = Habitat({}, "")
-    next_jobs = None if stays is None else Next(channel, stays, habitat, key, place, bell)
+    next_jobs = None if stays is None else Next(channel, stays, habitat, place, bell)
     task = _Held(frame)
     del frame
 

@@ -6,9 +6,11 @@ What a worker that stays does between two jobs: tidy up, answer, wait.
 Guarantees:
 
 * The environment and the working directory that the next job finds are those of whoever submits
-  it. What cannot be undone (a plain ``preexec_fn``, child processes left behind) ends the worker.
-* A job is over when its nested jobs and its threads are, as in a fresh worker. Exit handlers and
-  finalizers run at the end of the worker.
+  it. What cannot be undone (a plain ``preexec_fn``) ends the worker.
+* A job is over when its nested jobs, its threads and its finalizers are, as in a fresh worker: what
+  it leaves behind of these, or a child process, ends the worker, as nothing but the end of a
+  process finishes them all (a thread pool's idle threads end by nothing else). Daemon threads run
+  on, and exit handlers are called at the end of the worker.
 * The worker ends when its owner does: then its channel is at its end.
 """
 
@@ -17,13 +19,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from multiprocessing import process
+from multiprocessing import process, util
 from typing import Any, NamedTuple, Optional
 
 # How many seconds a worker waits for its next job before it ends.
 IDLE = 60.0
 
 _process: Any = process
+_util: Any = util
 _threading: Any = threading
 
 _spoiled = False
@@ -31,7 +34,7 @@ _here: Optional[Habitat] = None
 
 
 def accept() -> None:
-    """Let the next jobs find the environment and the directory as they are now."""
+    """Let the next jobs find this process as it is now."""
     if _here is not None:
         _here.accept()
 
@@ -73,13 +76,13 @@ class Habitat:
     def __init__(self, environ: dict[bytes, bytes], directory: str) -> None:
         self._environ = environ
         self._directory = directory
+        self._residents: set[Any] = set()  # threads and finalizers that are no job's
 
     def tidy(self) -> bool:
         """Undo what the job has left; False if that cannot be, so that this worker is to end."""
-        _join_threads()
         if not self._directory:
             return False  # nothing could be made ready here for any job
-        if _spoiled or _process._children or _streams_closed():
+        if _spoiled or self._unfinished() or _streams_closed():
             return False
         environ: Any = os.environ
         if environ._data != self._environ:
@@ -119,22 +122,29 @@ class Habitat:
             process.current_process().authkey = changes["authkey"]
 
     def accept(self) -> None:
-        """Let what has been done to the environment and the directory be as it is."""
+        """Let what has been done to this process be as it is."""
         self._environ, self._directory = variables(), os.getcwd()
+        self._residents = {*threading.enumerate(), *_util._finalizer_registry}
+
+    def _unfinished(self) -> bool:
+        """Say whether there is something that the end of a process would wait for, or do."""
+        if _process._children:
+            return True
+        for key in _util._finalizer_registry:
+            if key[0] is not None and key not in self._residents:
+                return True
+        if len(_threading._active) == 1 and not _threading._limbo:
+            return False
+        return any(
+            not (thread.daemon or thread is threading.main_thread() or thread in self._residents)
+            for thread in threading.enumerate()
+        )
 
 
 def variables() -> dict[bytes, bytes]:
     """Return the variables of the environment, encoded."""
     environ: Any = os.environ
     return dict(environ._data)
-
-
-def _join_threads() -> None:
-    if len(_threading._active) == 1 and not _threading._limbo:
-        return
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.main_thread():
-            thread.join()
 
 
 def _streams_closed() -> bool:
