@@ -73,7 +73,7 @@ def promised_output(name: str) -> str:
     return str(blocks[0])
 
 
-def test_twelve_questions_are_answered() -> None:
+def test_promised_questions_are_answered() -> None:
     """Every subject that the project promises an example for has one."""
     assert set(NAMES) == {
         "callbacks",
@@ -88,6 +88,7 @@ def test_twelve_questions_are_answered() -> None:
         "submitting",
         "threads",
         "timeouts",
+        "warm",
     }
 
 
