@@ -383,6 +383,10 @@ class Reactor:
             finally:
                 self.lock.release()
 
+    def revive(self) -> None:
+        """There is a handle again, though the last one was gone."""
+        self._dropped = False
+
     def _retire(self) -> None:
         """If nobody will ever come by again, reap what is about to end, and let go."""
         if self._leading or self.running or not (self.closed or self._dropped):
