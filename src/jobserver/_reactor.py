@@ -317,10 +317,10 @@ class Reactor:
         flight.future = None
         del self.running[future]
         lease, flight.lease = flight.lease, None
-        stays = flight.stays and not (flight.exited or flight.signalled or self.closed)
+        gone = flight.exited or flight.signalled or self.closed or self._dropped
         if lease is not None:
             lease = self._slot_back(future, flight, lease)
-        if not (stays and self.crew.rest(flight, lease)):
+        if gone or not (flight.stays and self.crew.rest(flight, lease)):
             if lease is not None:
                 lease.release()
             self._dismiss(flight)
