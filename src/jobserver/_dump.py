@@ -18,7 +18,7 @@ import pickle
 import struct
 from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Union
+from typing import Any, Callable, Union
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -39,7 +39,9 @@ _WITH_LENGTH = struct.Struct("<cQ")
 _UNFRAMED = 3
 
 _forking_pickler: Any = ForkingPickler
-_reducers: Any = ChainMap(_forking_pickler._extra_reducers, copyreg.dispatch_table)
+# Reducers that go before multiprocessing's.
+ahead: dict[type, Callable[[Any], Any]] = {}
+_reducers: Any = ChainMap(ahead, _forking_pickler._extra_reducers, copyreg.dispatch_table)
 
 
 class _Pickler(pickle.Pickler):

@@ -318,10 +318,10 @@ class Reactor:
         flight.future = None
         del self.running[future]
         lease, flight.lease = flight.lease, None
-        stays = flight.stays and not (flight.exited or flight.signalled or self.closed)
+        gone = flight.exited or flight.signalled or self.closed or self._dropped
         if lease is not None:
             lease = self._slot_back(future, flight, lease)
-        if not (stays and self.crew.rest(flight, lease)):
+        if gone or not (flight.stays and self.crew.rest(flight, lease)):
             if lease is not None:
                 lease.release()
             self._dismiss(flight)
@@ -383,6 +383,10 @@ class Reactor:
                 self._retire()
             finally:
                 self.lock.release()
+
+    def revive(self) -> None:
+        """There is a handle again, though the last one was gone."""
+        self._dropped = False
 
     def _retire(self) -> None:
         """If nobody will ever come by again, reap what is about to end, and let go."""

@@ -84,6 +84,7 @@ class Shared:
         canary = None if self._canary is None else self._canary()
         if canary is None:
             canary = Canary(self)
+            self.reactor.revive()
             self._canary = weakref.ref(canary)
         return canary
 
@@ -241,7 +242,8 @@ def _rebuild(
     slots: SlotPool, method: str, tasks: Optional[int], key: tuple[int, int], closed: bool
 ) -> Shared:
     shared = _by_key.get(key)
-    if shared is None:
+    # A job that ran here before may have closed its handle, which is no other job's concern.
+    if shared is None or (shared.closed and not closed):
         shared = Shared(slots, resolve_context(method), tasks)
         own_slot().attach(slots)
     if closed:

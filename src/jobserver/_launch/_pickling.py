@@ -10,9 +10,11 @@ Here that is us.
 
 from __future__ import annotations
 
+import sys
 from multiprocessing.context import get_spawning_popen, set_spawning_popen
 from typing import Any, NamedTuple
 
+from jobserver._dump import ahead
 from jobserver._wire import Buffer, dump
 from jobserver._worker._inherit import InheritedFd
 from jobserver._worker._task import Task
@@ -43,6 +45,7 @@ class _Starting:
 
 def pickle_task(task: Task, method: str) -> Pickled:
     """Pickle ``task``; TypeError that names the start method if that is not possible."""
+    _guard_locks()
     starting: Any = _Starting()
     outer = get_spawning_popen()
     set_spawning_popen(starting)
@@ -55,3 +58,18 @@ def pickle_task(task: Task, method: str) -> Pickled:
     finally:
         set_spawning_popen(outer)
     return Pickled(payload, starting.fds)
+
+
+def _guard_locks() -> None:
+    # If it has not been imported there is no lock.
+    synchronize: Any = sys.modules.get("multiprocessing.synchronize")
+    if synchronize is not None and not ahead:
+        for name in ("Lock", "RLock", "Semaphore", "BoundedSemaphore"):
+            ahead[getattr(synchronize, name)] = _reduce_lock
+
+
+def _reduce_lock(lock: Any) -> Any:
+    # Before Python 3.12 it would be pickled as an address in the memory of this process.
+    if lock._semlock.name is None:
+        raise TypeError("a lock of a fork context has no name by which another process can open it")
+    return lock.__reduce_ex__(5)

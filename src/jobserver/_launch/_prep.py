@@ -49,16 +49,18 @@ class _Watched:
     """The surroundings, and what tells cheaply whether they are still the same."""
 
     def __init__(self) -> None:
-        self.now: dict[str, Any] = {}
-        self._signs: Any = None
+        self._seen: tuple[Any, dict[str, Any]] = ((), {})
 
     def look(self) -> dict[str, Any]:
         signs = _signs()
-        if signs != self._signs:
+        known, now = self._seen
+        if signs != known:
             # Copies: the originals may be changed in place.
-            self._signs = tuple(sign.copy() if hasattr(sign, "copy") else sign for sign in signs)
-            self.now = surroundings()
-        return self.now
+            known = tuple(sign.copy() if hasattr(sign, "copy") else sign for sign in signs)
+            now = surroundings()
+            # Both at once, for other threads.
+            self._seen = known, now
+        return now
 
 
 def _signs() -> tuple[Any, ...]:
