@@ -28,6 +28,7 @@ from helpers import (
 
 from jobserver import Blocked, Jobserver, _callbacks
 from jobserver._reactor import Reactor
+from jobserver._signals import deferred
 from jobserver._slots._pool import SlotPool
 from jobserver._slots._section import new_fifo
 
@@ -140,6 +141,16 @@ def test_delivery_interrupted_at_its_start(method: str, monkeypatch: pytest.Monk
 
         assert steady_fds(js) == before
         assert js.submit(nothing, timeout=0).wait(PATIENCE)
+
+
+def test_interrupted_between_letting_through_and_the_block() -> None:
+    """Signals are as before when an exception comes after they are let through, and nobody sees."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for _ in range(2):
+        with pytest.raises(Interrupted), deferred() as signals:
+            signals.lifted().__enter__()
+            interrupt()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 @pytest.mark.contract("S18", "J1")

@@ -40,10 +40,10 @@ _main = threading.main_thread().ident
 class Deferred:
     """Signals are blocked inside; costs nothing inside of another one."""
 
-    __slots__ = ("_outermost",)
+    __slots__ = ("_before",)
 
     def __init__(self) -> None:
-        self._outermost = False
+        self._before: Any = None  # of the outermost one
 
     def __enter__(self) -> Deferred:  # noqa: PYI034  # Self came with Python 3.11
         global _outside  # noqa: PLW0603
@@ -52,8 +52,7 @@ class Deferred:
             try:
                 # Runs the handlers of what has come just before; if one raises we are not in yet.
                 _mask(_BLOCK, _DEFERRED)
-                self._outermost = True
-                _outside = before
+                self._before = _outside = before
             except BaseException:
                 _outside = None
                 _mask(_SETMASK, before)
@@ -61,10 +60,11 @@ class Deferred:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _outside
-        if self._outermost:
-            self._outermost = False
-            before, _outside = _outside, None
+        global _outside  # noqa: PLW0603
+        before, self._before = self._before, None
+        if before is not None:
+            # Not what is in `_outside`: an exception may have come as signals had just been lifted.
+            _outside = None
             _mask(_SETMASK, before)
 
     def lifted(self) -> _Lifted:
