@@ -121,6 +121,21 @@ def test_buffers_are_not_pickled(ledger: Ledger) -> None:
     assert record.segments[2] == bytearray(1 << 15)
 
 
+def test_long_results_keep_their_type(ledger: Ledger) -> None:
+    """What is beside the pickle comes back as the bytes or the bytearray that it was."""
+    kinds: list[Any] = [bytes, bytearray, memoryview]
+
+    def long(number: int) -> Any:
+        data = bytes([number]) * (1 << 20)
+        return Buffered(bytearray(data)) if number % 3 == 2 else kinds[number % 3](data)
+
+    assert in_child(lambda: chunk(ledger, long)) == 0
+    for number, record in enumerate(found(ledger)):
+        content = record.segments[2]
+        assert type(content) is (bytes if number % 3 == 0 else bytearray)
+        assert content == bytes([number]) * (1 << 20)
+
+
 def test_failures_are_records_too(ledger: Ledger) -> None:
     """An exception is the record of its call, and the calls after it are made."""
 
