@@ -108,8 +108,8 @@ def test_cheap_calls_share_workers(method: str) -> None:
     batches = Counter(pids)
     assert len(batches) < 400
     assert max(batches.values()) >= 16
-    assert pids[0] != pids[1] != pids[2]
-    assert batches[pids[-1]] <= 2
+    assert pids[0] != pids[1]
+    assert batches[pids[-1]] <= 8
 
 
 @pytest.mark.contract("M13")
@@ -329,7 +329,7 @@ def test_inputs_that_fail() -> None:
         with pytest.raises(LookupError, match="no more"):
             found.extend(results)
         assert found == list(range(len(found)))
-        assert len(found) >= 90
+        assert len(found) >= 100 - 8
         with pytest.raises(LookupError):
             auto(js, identity, source())
         settle(js)

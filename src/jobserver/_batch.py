@@ -110,10 +110,11 @@ class Batch:
         self.future = None
         self.last = last
         self._records = ()
-        if self.ledger is not None:
+        if self.ledger is not None and made > self.taken:
             self._records = self.ledger.records(ends, self.taken, made)
-            if self._records.data is not None:
-                self.close()
+            if self._records.data is None:
+                return  # it will be read from as they are asked for
+        self.close()
 
     def results(self) -> Iterator[Any]:
         """

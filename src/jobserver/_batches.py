@@ -169,6 +169,14 @@ class Batches:
         batch.stop = stop
         batch.end(ends, made, outcome if made < stop else None)
 
+    def fail(self, batch: Batch, ending: Ending) -> None:
+        """Let a batch end like that, after the calls that have been made."""
+        if batch.running and batch.ledger is not None:
+            ends = batch.ledger.ends()
+            batch.end(ends, batch.made(ends), ending)
+        else:
+            batch.end((), 0, ending)
+
     def defer(self, batch: Batch) -> None:
         """Put a batch back that could not be submitted."""
         self._waiting.append(batch)

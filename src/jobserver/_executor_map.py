@@ -124,7 +124,7 @@ class ExecutorMap:
     def _fail(self, batch: Batch, error: BaseException) -> None:
         """A batch will not be made, and no other will be submitted."""
         self._over = self._over or error
-        batch.end((), 0, _Ending(None, error))
+        self._batches.fail(batch, _Ending(None, error))
         self._batches.give_up(_Ending(None, self._over))
         self._changed.set()
 

@@ -75,6 +75,7 @@ class Run:
         self._ended: deque[Future[Any]] = deque()
         self._next: Optional[Batch] = None  # cut, and not submitted yet
         self._admitted = False  # the sleep_fn has let it in
+        self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
 
     def results(self) -> Iterator[Any]:
         """Submit, wait, and yield."""
@@ -113,9 +114,16 @@ class Run:
         if not self._batches.several or self._plan.sleep_fn is not None or shared.closed:
             return
         shared.reactor.reap(keep=True)
-        if self._free() and self._cut() is not None:
-            with contextlib.suppress(_Late, _NoLedger):
+        try:
+            if self._free() and self._cut() is not None:
                 self._submit(time.monotonic(), None)
+        except CallbackRaised:
+            raise
+        except (_Late, _NoLedger):
+            pass  # there is none to be had at once
+        except Exception as error:  # noqa: BLE001  # of an input, or of pickling it
+            if self._next is None:
+                self._error = error  # else it is tried again
         shared.reactor.unload()  # what follows is code of the user's
 
     def _free(self) -> bool:
@@ -124,6 +132,9 @@ class Run:
         return bool(shared.reactor.crew.loaded or shared.slots.free())
 
     def _cut(self) -> Optional[Batch]:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if self._next is None:
             self._next = self._batches.next(self._shared.slots.slots)
         return self._next
@@ -141,13 +152,13 @@ class Run:
                 head = next((batch for batch in self._batches.order if batch.running), None)
                 if head is None:
                     raise error.why from None
-            else:
-                return True
-        self._wait(head)
+                self._wait(head, several=False)
+            return True
+        self._wait(head, several=self._batches.several)
         return True
 
-    def _wait(self, head: Batch) -> None:
-        future, several = head.future, self._batches.several
+    def _wait(self, head: Batch, *, several: bool) -> None:
+        future = head.future
         assert future is not None  # noqa: S101  # what is not submitted is cut before
         early = functools.partial(self._early, head) if several else None
         if not self._shared.admission.wait_for(future, self._plan.deadline, early):

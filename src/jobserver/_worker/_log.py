@@ -71,7 +71,10 @@ class Log:
 
     def lock(self, start: int, stop: int) -> bool:
         """Take calls for this process; False if some are taken, or nobody can tell any more."""
-        return self._is_open() and self._ledger.lock(start, stop)
+        try:
+            return self._is_open() and self._ledger.lock(start, stop)
+        except OSError:  # no memory for a lock
+            return False
 
     def _is_open(self) -> bool:
         # A call may have closed the file, and opened another one under its number.
