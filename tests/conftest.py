@@ -44,12 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marks that these tests use."""
     config.addinivalue_line("markers", "contract(*ids): clauses of docs/contract.md guarded")
     config.addinivalue_line("markers", "slow: needs minutes or gigabytes; run with --slow")
-    if config.getoption("--warm"):
-        from jobserver import Jobserver
-
-        defaults = Jobserver.__init__.__kwdefaults__
-        assert defaults is not None
-        defaults["max_tasks_per_child"] = None
+    config.addinivalue_line("markers", "fresh(why): about a process for each job, also with --warm")
     # Python 3.12 and later warn about each fork of a process with threads. Forking with threads
     # is what several tests are about.
     config.addinivalue_line(
@@ -64,6 +59,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def tasks_per_child(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --warm, workers run any number of jobs, but in tests that are about fresh ones."""
+    if not request.config.getoption("--warm") or request.node.get_closest_marker("fresh"):
+        yield
+        return
+    from jobserver import Jobserver
+
+    defaults = Jobserver.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["max_tasks_per_child"] = None
+    yield
+    defaults["max_tasks_per_child"] = 1
 
 
 @pytest.fixture(params=METHODS)

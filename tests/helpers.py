@@ -111,6 +111,17 @@ def await_end(pid: int) -> None:
     wait_until(lambda: has_ended(pid), f"process {pid} to end")
 
 
+def await_answer(future: Any) -> None:
+    """Wait until a job has answered or its worker has died, without asking its Future."""
+    import select
+
+    flight = future._reactor.running.get(future)
+    if flight is not None:
+        poller = select.poll()
+        poller.register(flight.channel, select.POLLIN)
+        assert poller.poll(PATIENCE * 1000), f"gave up after {PATIENCE} s waiting for an answer"
+
+
 def descendants(root: int | None = None) -> dict[int, str]:
     """All living or zombie descendants of a process (default: this one) with their state."""
     parents: dict[int, tuple[int, str]] = {}

@@ -80,6 +80,7 @@ def test_thread_that_never_ends(method: str, gate: Gate) -> None:
         assert future.wait(PATIENCE, signal=signal.SIGKILL) is True
 
 
+@pytest.mark.fresh("what a job changes in its process stays until that ends")
 @pytest.mark.contract("S2", "S6")
 def test_changes_stay_in_the_job(method: str, tmp_path: Path) -> None:
     """Directory, umask, limits and modules that a job changes are not changed elsewhere."""
@@ -106,6 +107,7 @@ def test_jobs_start_in_the_callers_directory(
 # Callers that interfere
 
 
+@pytest.mark.fresh("waits for workers to end")
 @pytest.mark.contract("F1", "F6", "S18")
 def test_caller_that_reaps_our_children(method: str, gate: Gate) -> None:
     """When other code has reaped the worker, its result arrives all the same."""

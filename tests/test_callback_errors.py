@@ -9,14 +9,13 @@ from helpers import (
     OBSERVERS,
     PATIENCE,
     Gate,
-    await_end,
+    await_answer,
     chain_text,
     fail,
     free_slots,
     identity,
     nothing,
     observe,
-    worker_pid,
 )
 
 from jobserver import CallbackRaised, Jobserver
@@ -49,7 +48,7 @@ def test_callback_raised(how: str) -> None:
     future = js.submit(identity, args=("value",))
     future.when_done(nothing)
     future.when_done(int, "no number")
-    await_end(worker_pid(future))
+    await_answer(future)
 
     with pytest.raises(CallbackRaised) as caught:
         observe(js, future, how)
@@ -165,7 +164,7 @@ def test_base_exceptions_pass(how: str, kind: type[BaseException], gate: Gate) -
     seen: list[str] = []
     future.when_done(fail, kind)
     future.when_done(seen.append, "called")
-    await_end(worker_pid(future))
+    await_answer(future)
 
     with pytest.raises(kind):
         observe(js, future, how)

@@ -15,12 +15,11 @@ from helpers import (
     PATIENCE,
     Gate,
     add,
-    await_end,
+    await_answer,
     fail,
     identity,
     nothing,
     observe,
-    worker_pid,
 )
 from marks import by_method
 
@@ -38,7 +37,7 @@ def test_called_when_completion_is_observed(how: str) -> None:
     seen: list[tuple[int, str]] = []
     future = js.submit(nothing)
     future.when_done(lambda: seen.append((threading.get_ident(), "called")))
-    await_end(worker_pid(future))
+    await_answer(future)
     assert seen == []
 
     observe(js, future, how)
@@ -247,7 +246,7 @@ def test_slots_are_back_before_callbacks(method: str, how: str) -> None:
         future = js.submit(nothing)
         future.when_done(lambda: followers.append(js.submit(add, args=(1, 2), timeout=0)))
         if how == "reclaim_resources":
-            await_end(worker_pid(future))
+            await_answer(future)
         observe(js, future, how)
         assert followers[0].result(PATIENCE) == 3
 

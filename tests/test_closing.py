@@ -15,13 +15,12 @@ from helpers import (
     PATIENCE,
     Gate,
     add,
-    await_end,
+    await_answer,
     fail,
     identity,
     nothing,
     run_program,
     wait_until,
-    worker_pid,
 )
 from jobs import close_in_job
 
@@ -45,7 +44,7 @@ def test_exit_reaps_and_calls_back() -> None:
     with Jobserver("fork", 1) as js:
         future = js.submit(nothing)
         future.when_done(seen.append, "called")
-        await_end(worker_pid(future))
+        await_answer(future)
 
     assert seen == ["called"]
 
@@ -59,7 +58,7 @@ def test_exit_warns_of_each_callback_error(gate: Gate) -> None:
         future.when_done(fail, LookupError, "nobody looked")
     gate.open()
     for future in futures:
-        await_end(worker_pid(future))
+        await_answer(future)
 
     with pytest.warns(RuntimeWarning) as warned, js:
         pass
@@ -74,7 +73,7 @@ def test_exit_keeps_the_blocks_own_exception() -> None:
     js = Jobserver("fork", 1)
     future = js.submit(nothing)
     future.when_done(int, "no number")
-    await_end(worker_pid(future))
+    await_answer(future)
 
     with pytest.warns(RuntimeWarning), pytest.raises(ZeroDivisionError), js:
         raise ZeroDivisionError

@@ -14,14 +14,13 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
-    await_end,
+    await_answer,
     free_slots,
     getenv,
     identity,
     lines,
     nothing,
     pid,
-    worker_pid,
 )
 from jobs import Appender, name_of_worker, nest, nested_at_gate, tracked_in_job, use_handles_in_job
 from marks import by_method
@@ -136,7 +135,7 @@ def test_reclaim_does_not_wait(method: str, gate: Gate) -> None:
         running.when_done(seen.append, "running")
         ended.when_done(seen.append, "ended")
         gate.await_entered(1)
-        await_end(worker_pid(ended))
+        await_answer(ended)
         js.reclaim_resources()
         assert seen == ["ended"]
         assert js.submit(identity, args=(1,), timeout=0).result(PATIENCE) == 1
@@ -154,7 +153,7 @@ def test_reclaim_raises_one_error_each_time(gate: Gate) -> None:
         future.when_done(int, "no number")
     gate.open()
     for future in futures:
-        await_end(worker_pid(future))
+        await_answer(future)
     for _ in futures:
         with pytest.raises(CallbackRaised):
             js.reclaim_resources()

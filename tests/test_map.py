@@ -221,7 +221,7 @@ def test_buffersize_bounds_submissions(gate: Gate) -> None:
     thread.join(PATIENCE)
 
     assert most == [2]
-    assert len(set(results)) == 4
+    assert len(results) == 4
 
 
 @pytest.mark.contract("M7")
@@ -235,6 +235,7 @@ def test_infinite_inputs(method: str) -> None:
         settle(js)
 
 
+@pytest.mark.fresh("counts chunks by their processes")
 @pytest.mark.contract("M8")
 @pytest.mark.parametrize(("chunksize", "workers"), [(1, 6), (2, 3), (4, 2), (10, 1)])
 def test_chunks_share_a_worker(chunksize: int, workers: int) -> None:

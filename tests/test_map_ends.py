@@ -73,6 +73,7 @@ def test_results_in_time() -> None:
     assert list(js.map(identity, [(1,), (2,)], timeout=PATIENCE)) == [1, 2]
 
 
+@pytest.mark.fresh("waits for a worker to end")
 @pytest.mark.contract("M11", "M12", "H2")
 @by_method("how", ["drop", "break"])
 def test_leaving_early(method: str, gate: Gate, make_gate: Callable[[], Gate], how: str) -> None:

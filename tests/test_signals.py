@@ -12,12 +12,11 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
-    await_end,
+    await_answer,
     free_slots,
     identity,
     process_state,
     wait_until,
-    worker_pid,
 )
 from jobs import Catcher
 from marks import by_method
@@ -69,7 +68,7 @@ def test_signal_to_an_ended_job(method: str) -> None:
     """A signal for a job that has just ended, observed or not, is no error."""
     with Jobserver(method, 1) as js:
         future = js.submit(identity, args=(4,))
-        await_end(worker_pid(future))
+        await_answer(future)
         assert future.wait(PATIENCE, signal=signal.SIGKILL) is True
         assert future.wait(0, signal=signal.SIGKILL) is True
         assert future.result(0) == 4

@@ -210,6 +210,7 @@ def test_forkserver_starts_one_server() -> None:
     assert parents <= set(descendants())
 
 
+@pytest.mark.fresh("workers end with their jobs")
 @pytest.mark.contract("S2")
 def test_workers_are_gone(method: str) -> None:
     """A worker's process ends with its job."""

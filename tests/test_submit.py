@@ -15,7 +15,7 @@ from helpers import (
     PATIENCE,
     Gate,
     append,
-    await_end,
+    await_answer,
     everything,
     free_slots,
     identity,
@@ -23,7 +23,6 @@ from helpers import (
     nothing,
     pid,
     touch,
-    worker_pid,
 )
 from marks import by_method
 
@@ -65,6 +64,7 @@ def test_runs_in_a_worker_process(method: str) -> None:
         assert other.result(PATIENCE) not in (os.getpid(), os.getppid())
 
 
+@pytest.mark.fresh("about the default")
 @pytest.mark.contract("S2")
 def test_every_job_has_a_process_of_its_own(method: str) -> None:
     """By default no two jobs share a process."""
@@ -196,7 +196,7 @@ def test_reaps_at_timeout_zero(tmp_path: Path) -> None:
     seen: list[str] = []
     first = js.submit(append, args=(str(tmp_path / "log"), "ran"))
     first.when_done(seen.append, "called")
-    await_end(worker_pid(first))
+    await_answer(first)
 
     assert js.submit(identity, args=(2,), timeout=0).result(PATIENCE) == 2
     assert seen == ["called"]

@@ -384,6 +384,7 @@ def look():
     assert found[1] == ["changed", "/", ["more"]]
 
 
+@pytest.mark.fresh("waits for workers to end")
 def test_zygote_reaps_its_workers(gate: Gate) -> None:
     """No worker stays a zombie of the zygote, whether it answered or was killed."""
     with Jobserver("forkserver", 2) as js:
