@@ -24,7 +24,7 @@ from helpers import (
 from jobs import enter_if, exit_for, fail_for
 from marks import by_method
 
-from jobserver import Blocked, Jobserver, SubmissionDied
+from jobserver import Blocked, CallbackRaised, Jobserver, SubmissionDied
 
 
 @pytest.mark.contract("M10")
@@ -129,6 +129,33 @@ def test_exception_comes_in_its_turn(method: str) -> None:
             next(results)
         del results
         settle(js)
+
+
+@pytest.mark.contract("F19", "F20", "M2")
+@pytest.mark.parametrize("buffersize", [None, 1])
+@pytest.mark.parametrize("chunksize", [1, "auto"])
+def test_callback_that_fails_amid_the_iteration(
+    gate: Gate, chunksize: Any, buffersize: int | None
+) -> None:
+    """A callback's error comes out of the iterator, which goes on with the next call."""
+    js = Jobserver("fork", 2)
+    for name in ("one", "two"):
+        js.submit(gate.enter).when_done(fail, LookupError, name)
+    gate.await_entered(2)
+    gate.open()
+    numbers = range(4)
+    results = js.map(identity, [(n,) for n in numbers], chunksize=chunksize, buffersize=buffersize)
+    found: list[int] = []
+    errors: list[str] = []
+    while len(found) < len(numbers):
+        try:
+            found.append(next(results))
+        except CallbackRaised as error:
+            errors.append(str(error.__cause__))
+
+    assert found == list(numbers)
+    assert sorted(errors) == ["one", "two"]
+    assert list(results) == []
 
 
 @pytest.mark.contract("F7", "M10")

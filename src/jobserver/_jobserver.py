@@ -22,7 +22,7 @@ from ._check import (
 )
 from ._future import Future
 from ._inputs import Inputs
-from ._map import Plan, Run, check_buffersize, check_size
+from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
 from ._worker._task import Task
 
@@ -203,6 +203,7 @@ class Jobserver:
         Raises:
             TypeError, ValueError: A malformed argument.
             concurrent.futures.TimeoutError: From the iterator, once the timeout is over.
+            CallbackRaised: From the iterator, as from ``submit``; the next call goes on.
         """
         check_callable("fn", fn)
         check_optional_callable("sleep_fn", sleep_fn)
@@ -219,7 +220,7 @@ class Jobserver:
         check_buffersize(buffersize)
         inputs = Inputs(argses, kwargses, lazy=buffersize is not None)
         batches = Batches(fn, inputs, size, buffersize, bare=preexec_found is None)
-        return Run(self._shared, plan, batches).results()
+        return Results(Run(self._shared, plan, batches))
 
     def replace(
         self,

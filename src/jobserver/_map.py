@@ -77,19 +77,26 @@ class Run:
         self._admitted = False  # the sleep_fn has let it in
         self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
 
-    def results(self) -> Iterator[Any]:
-        """Submit, wait, and yield."""
+    def steps(self) -> Iterator[Any]:
+        """Submit, wait, and yield; a failed callback's error as a ``_Raised``."""
         try:
             while True:
                 self._settle()
                 head = self._batches.head
                 if head is not None and head.look():
-                    self._refill()
+                    try:
+                        self._refill()
+                    except CallbackRaised as error:
+                        yield _Raised(error)
                     yield from head.results()
                     if head.ended:
                         self._batches.pop()
-                elif not self._go_on(head):
-                    return
+                else:
+                    try:
+                        if not self._go_on(head):
+                            return
+                    except CallbackRaised as error:
+                        yield _Raised(error)
         except _Late:
             # Here, as it brings logging along, whose fork hooks each job would pay for.
             import concurrent.futures
@@ -203,6 +210,34 @@ class Run:
                 future._sink = self._ended
             else:
                 self._ended.append(future)
+
+
+class _Raised(NamedTuple):
+    error: CallbackRaised
+
+
+class Results(Iterator[Any]):
+    """
+    What ``map`` returns.
+
+    Not a generator, which ends with whatever is raised out of it: when a callback has failed, the
+    next call goes on where this one was.
+    """
+
+    __slots__ = ("_steps",)
+
+    def __init__(self, run: Run) -> None:
+        self._steps: Any = run.steps()
+
+    def __next__(self) -> Any:
+        value = next(self._steps)
+        if type(value) is _Raised:
+            raise value.error
+        return value
+
+    def close(self) -> None:
+        """End the iteration."""
+        self._steps.close()
 
 
 class _NoLedger(Exception):
