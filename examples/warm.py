@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from jobserver import Jobserver
 
@@ -26,9 +27,9 @@ def wander() -> str:
     return os.environ["COLOUR"]
 
 
-def look(here: str) -> tuple[bool, bool, bool]:
+def look(here: Path) -> tuple[bool, bool, bool]:
     """Look whether anything of that has stayed."""
-    return os.getcwd() != here, "MOOD" in os.environ, "COLOUR" in os.environ
+    return Path.cwd() != here, "MOOD" in os.environ, "COLOUR" in os.environ
 
 
 def main(context: str | None = None) -> None:
@@ -38,7 +39,7 @@ def main(context: str | None = None) -> None:
         print("same process:", first[2] == again[2], "- known the second time:", again[1])
 
         print("in the job's environment:", js.submit(wander, env={"COLOUR": "blue"}).result())
-        print("left for the next job:", any(js(look, os.getcwd()).result()))
+        print("left for the next job:", any(js(look, Path.cwd()).result()))
 
     with Jobserver(context, slots=1, max_tasks_per_child=2) as js:
         print("processes for six jobs:", len({js(square, n).result()[2] for n in range(6)}))
