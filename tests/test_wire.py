@@ -15,7 +15,7 @@ import sys
 from typing import Any, Callable, Optional
 
 import pytest
-from helpers import PATIENCE, await_end, process_state, wait_until
+from helpers import PATIENCE, await_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs_large import Blob, content
@@ -246,11 +246,15 @@ def test_fetching_from_somebody_else() -> None:
     """Another process under the sender's number is found out, whatever it has in its memory."""
     lender, _loan, target = lent(content(100_000))
     me = os.getpid()
+    reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         lender.end()  # the same memory, but for the token
+        os.write(writer, b"!")
         signal.pause()
-    wait_until(lambda: process_state(pid) == "S", "it to have changed its memory")
+    assert os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
     head = lender.head()
     head = head.replace(struct.pack("<Q", me), struct.pack("<Q", pid), 1)
 
