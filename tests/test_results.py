@@ -80,9 +80,9 @@ def test_hundred_megabytes(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.contract("F6")
 @pytest.mark.parametrize("kind", ["bytes", "bytearray"])
-def test_more_than_two_gigabytes(method: str, kind: str) -> None:
-    """A result of more than 2 GB arrives whole."""
-    size = (2 << 30) + 17
+def test_more_than_four_gigabytes(method: str, kind: str) -> None:
+    """A result of more than 4 GB arrives whole."""
+    size = (4 << 30) + 17
     with Jobserver(method, 1) as js:
         value = js.submit(give, args=(kind, size)).result(300)
 
@@ -92,9 +92,9 @@ def test_more_than_two_gigabytes(method: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.contract("S2")
-def test_arguments_of_more_than_two_gigabytes(method: str) -> None:
-    """Arguments of more than 2 GB arrive whole."""
-    size = (2 << 30) + 17
+def test_arguments_of_more_than_four_gigabytes(method: str) -> None:
+    """Arguments of more than 4 GB arrive whole."""
+    size = (4 << 30) + 17
     with Jobserver(method, 1) as js:
         assert js.submit(len, args=(bytes(size),)).result(300) == size
 

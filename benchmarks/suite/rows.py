@@ -172,6 +172,7 @@ def _large() -> Group:
         [Metric("ms", "ms", 1)],
         rounds=5,
     )
+    few = "ours-fork ours-forkserver ours-warm-fork ppe-fork floor-copy"
     settings = (
         ("1 MB", "numpy", MB),
         ("64 MB", "numpy", 64 * MB),
@@ -182,6 +183,10 @@ def _large() -> Group:
             data: Any = {"kind": kind, "size": size, "direction": direction}
             setting = f"{label} {direction}"
             group.add("transfer", _LARGE + " floor-copy", setting, **data)
+    for megabytes in (16, 256, 1_000):
+        for direction in ("argument", "result"):
+            data = {"kind": "numpy", "size": megabytes * MB, "direction": direction}
+            group.add("transfer", few, f"{megabytes} MB {direction}", **data)
     return group
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import sys
 from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Optional
 
 from ._dump import LARGE
 from ._fds import adopt
+from ._slots._splice import waiting_bytes
 from ._wire import (
     ASIDE_FLAG,
     ASKS_FLAG,
@@ -220,7 +220,7 @@ class FrameReader:
             self._say(fd, MORE)
             self._due = 1
         elif loan.complete and self._aside < 0:
-            self._due = _unread(fd) + STEP + 1
+            self._due = waiting_bytes(fd) + STEP + 1
         return loan.complete and not self._asks
 
     def _say(self, fd: int, word: bytes) -> None:
@@ -233,13 +233,6 @@ class FrameReader:
             pass  # the sender is gone, which the channel tells
         finally:
             sock.detach()
-
-
-def _unread(fd: int) -> int:
-    import fcntl
-    import termios
-
-    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _target(place: int, length: int, mark: int) -> tuple[Any, memoryview]:
