@@ -228,3 +228,16 @@ def leave_explosive(how: str) -> int:
 def pickled_size(value: Any) -> int:
     """How large a value has arrived."""
     return len(pickle.dumps(value))
+
+
+def explode_later(how: str, gate: Gate) -> int:
+    """Have a thread end the process badly once the gate is open."""
+
+    def wait() -> None:
+        gate.enter()
+        explode(how)
+
+    threading.excepthook = lambda *_: None
+    threading.Thread(target=wait, daemon=True).start()
+    gate.await_entered(1)
+    return os.getpid()
