@@ -185,11 +185,13 @@ class Life(RuleBasedStateMachine):
             self.stack.close()
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=12,
-    stateful_step_count=12,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-TestLife.runTest = pytest.mark.contract("W1", "W5", "S3", "F25")(TestLife.runTest)
+@pytest.mark.contract("W1", "W5", "S3", "F25")
+class TestLife(Life.TestCase):  # type: ignore[misc, valid-type]
+    """Whatever happens to workers, each job is told how it ended, and all slots come back."""
+
+    settings = settings(
+        max_examples=12,
+        stateful_step_count=12,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
