@@ -135,8 +135,10 @@ class Shared:
         future: Future[Any] = Future(self.admission, lends=lends)
         future._sink = sink
         lent = lease is not None and own_slot().lent
+        unheard = True
         try:
             prepared = self.launcher.prepare(task)
+            unheard = False
             with deferred() as signals:
                 seat = seat_for(self.slots, lease, own_slot())
                 if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
@@ -147,7 +149,7 @@ class Shared:
                 lease = None
         except BaseException:
             if lease is not None:
-                self.admission.give_back(lease)
+                self.admission.give_back(lease, unheard=unheard)
             raise
         # An executor's thread has nothing to go on with: who waits for its futures regains.
         if lent and sink is None:

@@ -215,8 +215,12 @@ def _rebuild(slots: int, parts: list[tuple[int, list[Any]]]) -> SlotPool:
 
 
 def _seats(berths: list[int], tokens: int) -> int:
-    """Return how many berths may be kept without a token: the others have room for all tokens."""
-    return max(0, len(berths) - tokens - _SPARE)
+    """
+    Return how many berths may be kept without a token.
+
+    As many as there are tokens, at most; and the other berths have room for all of those.
+    """
+    return max(0, min(tokens, len(berths) - tokens - _SPARE))
 
 
 def _identity(fd: int) -> tuple[int, int]:

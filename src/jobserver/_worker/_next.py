@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 import pickle
+import signal
 import socket
 import struct
+from multiprocessing import process
 from typing import Any, Callable, NoReturn, Optional
 
 from jobserver._errors import Untransferable
@@ -21,6 +24,8 @@ from ._process import finish_process
 from ._stay import Habitat, Stays, inhabit
 from ._task import Task
 
+# The functions below signal's, which make enums of each signal.
+_CTRL_C = (int(signal.SIGINT),)
 _COUNT = struct.Struct("<I")
 _SIZE = 1 << 16
 _SPACE = socket.CMSG_SPACE(MOST * 4)
@@ -55,6 +60,7 @@ class Next:
         self._lease = -1
         self._reader = FrameReader()
         self._sock: Optional[socket.socket] = None
+        self._quiet = _Quiet()
 
     def begin(self) -> None:
         """In the worker, before its first job."""
@@ -70,6 +76,7 @@ class Next:
 
     def ready(self) -> None:
         """Leave the seat of the job that has ended; the answer may now be sent."""
+        self._quiet.begin()
         self._lease = own_slot().leave()
         if self._sock is None:
             self._sock = adopt(self._channel)
@@ -82,8 +89,8 @@ class Next:
         assert self._sock is not None  # noqa: S101  # made by `ready`
         try:
             frame, fds = self._receive(self._sock)
-        except (EOFError, ConnectionResetError, KeyboardInterrupt):
-            self._end()  # Ctrl-C at rest is for the program, which may start another worker
+        except (EOFError, ConnectionResetError):
+            self._end()
         told: dict[str, Any] = pickle.loads(frame.segments[0]) if frame.segments[0] else {}  # noqa: S301
         if "place" in told:
             self._place = told["place"]
@@ -92,7 +99,7 @@ class Next:
             self._bell = _exchange(self._bell, fds.pop(0))
         run_on(own_slot().successor(self._lease, self._place, self._bell))
         _inherit.hold(fds)
-        return _Job(frame, told, self._habitat).run
+        return _Job(frame, told, self._habitat, self._quiet).run
 
     def _receive(self, sock: socket.socket) -> tuple[Frame, list[int]]:
         data, fds = self._hear(sock)
@@ -122,20 +129,50 @@ class Next:
 
     def _end(self) -> NoReturn:
         try:
+            self._quiet.end()
             finish_process()
         finally:
             os._exit(0)
 
 
+class _Quiet:
+    """
+    At rest a worker is deaf to Ctrl-C.
+
+    That is for the program, which may go on and submit a job at once. So what has come by the time
+    that a job is here is forgotten, unless the owner has sent it: then it is meant for that job.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Any = None
+
+    def begin(self) -> None:
+        """From here on Ctrl-C is not heard."""
+        self._mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _CTRL_C)
+
+    def end(self) -> None:
+        """From here on it is; raises KeyboardInterrupt if it was meant for the job."""
+        info = _signal.sigtimedwait(_CTRL_C, 0)
+        if info is not None:
+            parent = process.parent_process()
+            if parent is not None and info.si_pid == parent.pid:
+                os.kill(os.getpid(), signal.SIGINT)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self._mask)
+
+
 class _Job:
     """One job; refers to what it came in only until it has been unpacked."""
 
-    def __init__(self, frame: Frame, changes: dict[str, Any], habitat: Habitat) -> None:
+    def __init__(
+        self, frame: Frame, changes: dict[str, Any], habitat: Habitat, quiet: _Quiet
+    ) -> None:
         self._frame: Optional[Frame] = frame
         self._changes = changes
         self._habitat = habitat
+        self._quiet = quiet
 
     def run(self) -> Any:
+        self._quiet.end()
         if self._changes:
             self._habitat.change(self._changes)
         return self._load().run()
