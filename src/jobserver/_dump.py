@@ -6,14 +6,13 @@ Pickle values, with what is large in them beside the pickle rather than inside.
 Buffers that their owners offer (protocol 5: NumPy, Arrow, ...) and large ``bytes`` and
 ``bytearray`` objects are handed on as they are, and never copied. For the latter two the pickler
 has no such offer. But it hands a large one to its file as the object itself, right after the
-opcode and the length that announce it; so the file can put ``NEXT_BUFFER`` in their place, which
-makes the unpickler take the object from ``buffers``.
+opcode and the length that announce it. ``NEXT_BUFFER`` takes their place, which makes the unpickler
+take the object from ``buffers``.
 """
 
 from __future__ import annotations
 
 import copyreg
-import io
 import pickle
 import struct
 from collections import ChainMap
@@ -50,26 +49,12 @@ class _Pickler(pickle.Pickler):
     dispatch_table = _reducers
 
 
-class _File(io.BytesIO):
-    """Takes the pickle; diverts large objects to a list of buffers."""
+class _File:
+    """Its ``write`` is that of a list, so that small pickles cost no call of Python code."""
 
-    def __init__(self, buffers: list[Buffer]) -> None:
-        self._buffers = buffers
-        self._last = b""
+    __slots__ = ("write",)
 
-    def write(self, data: Any) -> int:
-        """Take what the pickler has collected, or one large object."""
-        if len(data) >= LARGE:
-            announcement = _announcement(data)
-            if announcement and _announces(self._last, announcement):
-                self.seek(-len(announcement), io.SEEK_CUR)
-                self.truncate()
-                super().write(_NEXT_BUFFER)
-                self._buffers.append(data)
-                self._last = b""
-                return len(data)
-        self._last = data
-        return super().write(data)
+    write: Callable[[Any], None]
 
 
 def _announcement(data: Any) -> bytes:
@@ -82,14 +67,14 @@ def _announcement(data: Any) -> bytes:
     return struct.pack("<cI", _BINBYTES, len(data))
 
 
-def _announces(written: bytes, announcement: bytes) -> bool:
+def _announces(written: Buffer, announcement: bytes) -> bool:
     """
     Say whether what was written last ends with just this announcement.
 
     Bytes inside of a frame may happen to look like it. So it counts only behind the frame, where
     the pickler puts nothing else.
     """
-    if not written.endswith(announcement):
+    if type(written) is not bytes or not written.endswith(announcement):
         return False
     start = 2 if written.startswith(_PROTO) else 0
     if written.startswith(_FRAME, start):
@@ -108,6 +93,8 @@ class Unfinished:
 
 def load(pickled: Buffer, buffers: list[Any]) -> Any:
     """Undo ``dump``; may raise anything, as it runs the code of the pickled classes."""
+    if not buffers:
+        return pickle.loads(pickled)  # noqa: S301
     finished = (bytes(each.content) if type(each) is Unfinished else each for each in buffers)
     return pickle.loads(pickled, buffers=finished)  # noqa: S301
 
@@ -116,8 +103,8 @@ def dump(value: Any) -> list[Buffer]:
     """Pickle ``value`` the way multiprocessing does: the pickle, then its out-of-band buffers."""
     if type(value) in _PLAIN:
         return [pickle.dumps(value, 5)]
-    buffers: list[Buffer] = []
-    file = _File(buffers)
+    # What the pickler writes, and among it, in their order, the buffers.
+    pieces: list[Any] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:
         try:
@@ -126,8 +113,27 @@ def dump(value: Any) -> list[Buffer]:
             return True
         if raw.nbytes < _OUT_OF_BAND:
             return True
-        buffers.append(raw)
+        pieces.append(raw)
         return False
 
+    file: Any = _File()
+    file.write = pieces.append
     _Pickler(file, 5, buffer_callback=in_band).dump(value)
-    return [file.getbuffer(), *buffers]
+    return pieces if len(pieces) == 1 else _sorted(pieces)
+
+
+def _sorted(pieces: list[Any]) -> list[Buffer]:
+    written: list[Buffer] = []
+    buffers: list[Buffer] = []
+    for piece in pieces:
+        if type(piece) is memoryview:
+            buffers.append(piece)
+            continue
+        if len(piece) >= LARGE and written:
+            announcement = _announcement(piece)
+            if announcement and _announces(written[-1], announcement):
+                written[-1] = bytes(written[-1][: -len(announcement)]) + _NEXT_BUFFER
+                buffers.append(piece)
+                continue
+        written.append(piece)
+    return [b"".join(written), *buffers]

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -152,9 +153,12 @@ class FrameReader:
                 return
         segments: list[Any] = [None] * count
         whole: list[memoryview] = []
-        self._lent = deque()
+        places: Iterable[int] = range(count)
+        if lent:
+            self._lent = deque()
+            places = (*(n for n in places if n not in lent), *lent)
         try:
-            for place in (*(n for n in range(count) if n not in lent), *lent):
+            for place in places:
                 length, mark = entries[place] & LENGTH, entries[place] >> WHAT
                 end = start + length
                 if end <= len(head) and not mark:
