@@ -69,6 +69,40 @@ class Jobserver:
         self._set_defaults(check_env(env), preexec_fn, sleep_fn, lend)
         self._bind(Shared.create(context, slots, max_tasks_per_child))
 
+    @classmethod
+    def from_env(
+        cls,
+        context: Union[str, BaseContext, None] = None,
+        *,
+        env: Env = (),
+        preexec_fn: Optional[PreexecFn] = None,
+        sleep_fn: Optional[SleepFn] = None,
+        lend: bool = False,
+        max_tasks_per_child: Optional[int] = 1,
+    ) -> Jobserver:
+        """
+        Join the pool of the make, ninja, cargo or ``jobserver run`` that started this process.
+
+        Where ``Jobserver()`` would go on with a pool of its own, this raises.
+
+        Args:
+            context: As in the constructor, like all that follow.
+            env: See ``submit``.
+            preexec_fn: See ``submit``.
+            sleep_fn: See ``submit``.
+            lend: With True, a job lends its slot also while it waits for its children.
+            max_tasks_per_child: How many jobs a worker process runs at most.
+
+        Raises:
+            jobserver.makeflags.MakeflagsError: There is no such pool, or it cannot be joined; the
+                module has a subclass for each way in which the environment can be wrong.
+            TypeError, ValueError: A malformed argument.
+        """
+        joined = cls.__new__(cls)
+        joined._set_defaults(check_env(env), preexec_fn, sleep_fn, lend)
+        joined._bind(Shared.join(context, max_tasks_per_child))
+        return joined
+
     def _set_defaults(
         self,
         env: dict[str, Optional[str]],
