@@ -82,3 +82,49 @@ def _or_skip(tools: list[Tool], what: str) -> list[object]:
 def needs(name: str) -> pytest.MarkDecorator:
     """Skip a test where a command is not installed."""
     return pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not installed")
+
+
+# What the tools are to build: each command of theirs passes a Gate (see helpers.py).
+
+# $1 is the directory of the gate.
+ENTER = """\
+#!/bin/sh
+touch "$1/in.$$"
+while [ ! -d "$1/open" ]; do sleep 0.01; done
+"""
+
+
+def lay_out(directory: str, gate: str, count: int) -> None:
+    """Write a Makefile and a build.ninja with `count` commands that can all run at once."""
+    with open(os.path.join(directory, "enter"), "w") as stream:
+        stream.write(ENTER)
+    names = [f"job{number}" for number in range(count)]
+    command = f"sh {directory}/enter {gate}"
+    with open(os.path.join(directory, "Makefile"), "w") as stream:
+        stream.write(f".PHONY: all {' '.join(names)}\nall: {' '.join(names)}\n")
+        stream.write("".join(f"{name}:\n\t@{command}\n" for name in names))
+        # Two makes below this one, which share what they have.
+        stream.write("deep: deep0 deep1\ndeep0 deep1:\n\t+@$(MAKE) --no-print-directory $@-all\n")
+        for deep in ("deep0", "deep1"):
+            below = [f"{deep}-{name}" for name in names]
+            stream.write(f"{deep}-all: {' '.join(below)}\n")
+            stream.write("".join(f"{name}:\n\t@{command}\n" for name in below))
+    with open(os.path.join(directory, "build.ninja"), "w") as stream:
+        stream.write(f"rule enter\n command = {command}\n")
+        stream.write("".join(f"build {name}: enter\n" for name in names))
+
+
+def build(tool: str, directory: str, js: object, style: str, *goals: str) -> tuple[int, str]:
+    """A job: start a tool that shares the slots of js; its exit status and what it said."""
+    from jobserver import Jobserver
+
+    assert isinstance(js, Jobserver)
+    done = subprocess.run(
+        [tool, *goals],
+        **js.popen_kwargs(style),
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
