@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
-from typing import Any, Callable, Literal, Optional, TypeVar, Union
+from typing import Any, Callable, ContextManager, Literal, Optional, TypeVar, Union
 
 from ._batches import Batches
 from ._check import (
@@ -21,6 +21,7 @@ from ._check import (
     deadline_of,
 )
 from ._future import Future
+from ._holding import Holding
 from ._inputs import Inputs
 from ._map import Plan, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
@@ -292,6 +293,27 @@ class Jobserver:
         """
         self._shared.refuse_closed()
         self._shared.admission.reap()
+
+    def slot(self, timeout: Optional[float] = None) -> ContextManager[None]:
+        """
+        Hold a slot for work in this very process: in a thread, in a C library, in a test run.
+
+        Inside the with-block this thread counts as a job: no more jobs and such threads run than
+        there are slots, the slot comes back whatever kills the process, and a ``submit`` without a
+        timeout lends it. In a job, the first thread to ask uses the job's own slot. A block inside
+        a block of the same thread takes nothing more.
+
+        Args:
+            timeout: How many seconds to wait for a slot, as the block is entered; None for as long
+                as it takes.
+
+        Raises:
+            TypeError, ValueError: A malformed argument.
+            Blocked: On entering: no slot in time.
+            CallbackRaised: On entering: a callback failed; no slot is held.
+            RuntimeError: On entering: the Jobserver is closed.
+        """
+        return Holding(self._shared, timeout)
 
     def child_env(self, style: str = "auto", *, env: Env = ()) -> ChildEnv:
         """

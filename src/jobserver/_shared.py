@@ -27,6 +27,7 @@ from ._launch import Launcher, launcher_for
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
 from ._signals import Deferred, deferred
+from ._slots._held import current_slot
 from ._slots._lease import Lease
 from ._slots._makeflags import outer_from
 from ._slots._own import own_slot
@@ -138,11 +139,12 @@ class Shared:
         """Launch a worker on ``lease``, which goes back where it came from if that fails."""
         future: Future[Any] = Future(self.admission, lends=lends)
         future._sink = sink
-        lent = lease is not None and own_slot().lent
+        own = current_slot(self.slots)
+        lent = lease is not None and own.lent
         try:
             prepared = self.launcher.prepare(task)
             with deferred() as signals:
-                seat = seat_for(self.slots, lease, own_slot())
+                seat = seat_for(self.slots, lease, own)
                 if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
                     stays = self._stays(lease)
                     started = self.launcher.launch(prepared, seat, stays)
