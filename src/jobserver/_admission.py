@@ -27,8 +27,8 @@ from ._callbacks import issue_due, issuing
 from ._check import check_pause
 from ._errors import Blocked
 from ._signals import deferred
-from ._slots._lease import Lease
 from ._slots._held import current_slot
+from ._slots._lease import Lease
 from ._slots._own import OwnSlot, own_slot
 
 if TYPE_CHECKING:

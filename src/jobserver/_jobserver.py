@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
-from typing import Any, Callable, ContextManager, Literal, Optional, TypeVar, Union
+from typing import Any, Callable, Literal, Optional, TypeVar, Union
 
 from ._batches import Batches
 from ._check import (
@@ -20,12 +20,11 @@ from ._check import (
     check_optional_callable,
     deadline_of,
 )
+from ._commands import Commands
 from ._future import Future
-from ._holding import Holding
 from ._inputs import Inputs
 from ._map import Plan, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
-from ._slots._announce import ChildEnv, check_style
 from ._worker._task import Task
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ PreexecFn = Callable[[], Any]
 SleepFn = Callable[[], Optional[float]]
 
 
-class Jobserver:
+class Jobserver(Commands):
     """
     One pool of slots for a program and everything it starts.
 
@@ -293,66 +292,6 @@ class Jobserver:
         """
         self._shared.refuse_closed()
         self._shared.admission.reap()
-
-    def slot(self, timeout: Optional[float] = None) -> ContextManager[None]:
-        """
-        Hold a slot for work in this very process: in a thread, in a C library, in a test run.
-
-        Inside the with-block this thread counts as a job: no more jobs and such threads run than
-        there are slots, the slot comes back whatever kills the process, and a ``submit`` without a
-        timeout lends it. In a job, the first thread to ask uses the job's own slot. A block inside
-        a block of the same thread takes nothing more.
-
-        Args:
-            timeout: How many seconds to wait for a slot, as the block is entered; None for as long
-                as it takes.
-
-        Raises:
-            TypeError, ValueError: A malformed argument.
-            Blocked: On entering: no slot in time.
-            CallbackRaised: On entering: a callback failed; no slot is held.
-            RuntimeError: On entering: the Jobserver is closed.
-        """
-        return Holding(self._shared, timeout)
-
-    def child_env(self, style: str = "auto", *, env: Env = ()) -> ChildEnv:
-        """
-        Return an environment for a command that is to take its slots from this pool.
-
-        The command, and all that it starts, counts the slot of its caller as its own and takes
-        one more for each further process. In a job that is the job's slot, so it is not to work
-        meanwhile; elsewhere take one with ``slot()``. What a command that is killed had taken is
-        lost until the pool is closed: ``run()`` is safe from that.
-
-        Args:
-            style: ``"fifo"`` names a path (ninja, cargo, make 4.4), ``"pipe"`` descriptors (any
-                make, gcc, cargo), ``"universal"`` both in a way that all of them understand, and
-                ``"auto"`` what is best for most, which is universal.
-            env: Changes to ``os.environ``, see ``submit``.
-
-        Returns:
-            A dict with ``MAKEFLAGS``, for ``env`` of ``subprocess``. Its attribute ``pass_fds``
-            goes with it: those descriptors are open until its ``close()``, or its end.
-
-        Raises:
-            TypeError, ValueError: A malformed argument.
-            RuntimeError: The Jobserver is closed.
-            OSError: No descriptor is left.
-        """
-        changes, style = check_env(env), check_style(style)
-        self._shared.refuse_closed()
-        slots = self._shared.slots
-        return ChildEnv(slots.shared_pipe(), slots.slots, style, changes)
-
-    def popen_kwargs(self, style: str = "auto", *, env: Env = ()) -> dict[str, Any]:
-        """
-        Return ``env`` and ``pass_fds`` for ``subprocess.Popen`` or ``subprocess.run``.
-
-        As in ``subprocess.run(["make"], **js.popen_kwargs())``; see ``child_env``.
-        """
-        found = self.child_env(style, env=env)
-        # Who holds the one holds the other: the descriptors are open as long as `env` is in use.
-        return {"env": found, "pass_fds": found.pass_fds}
 
     def __enter__(self) -> Jobserver:  # noqa: PYI034  # Self came with Python 3.11
         """Open a with-block; the pool closes when the last one on any of its handles is left."""

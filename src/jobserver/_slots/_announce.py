@@ -46,10 +46,15 @@ class ChildEnv(dict[str, str]):
     pass_fds: tuple[int, ...]
 
     def __init__(
-        self, pipe: int, slots: int, style: str, changes: Mapping[str, Optional[str]]
+        self,
+        pipe: int,
+        slots: int,
+        style: str,
+        changes: Mapping[str, Optional[str]],
+        base: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.pass_fds = ()
-        super().__init__(os.environ)
+        super().__init__(os.environ if base is None else base)
         # Where one of these is set it speaks of another pool, or of this one by other numbers.
         for name in ("CARGO_MAKEFLAGS", "MFLAGS"):
             self.pop(name, None)
