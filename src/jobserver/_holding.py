@@ -78,6 +78,7 @@ class Holding:
                 own.user = threading.get_ident()
                 found.append(own)
                 return True
+            reactor.crew.unload()  # what workers at rest keep is free, too
             lease = slots.try_take()
             if lease is not None:
                 found.append(ThreadSlot(slots, lease, outer_bell))

@@ -191,6 +191,7 @@ class Conduct:
 
         def test() -> bool:
             events[:] = self._epoll.poll(0)
+            reactor.crew.unload()  # what workers at rest keep is free, too
             return bool(events) or (shadow.hungry and shadow.seek()) or self._callbacks_due()
 
         while True:
