@@ -15,10 +15,20 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 from foreign import Tool, build, each_make, each_ninja, lay_out, needs
-from helpers import PATIENCE, Gate, identity, open_fds, program_environment, wait_until
+from helpers import (
+    PATIENCE,
+    Gate,
+    fail,
+    identity,
+    nothing,
+    open_fds,
+    pid,
+    program_environment,
+    wait_until,
+)
 from marks import by_method
 
-from jobserver import Jobserver
+from jobserver import Jobserver, JobserverExecutor
 from jobserver._slots._announce import compose
 from jobserver._slots._makeflags import open_outer, read_options, split_flags
 
@@ -417,3 +427,103 @@ def offered(js: Jobserver) -> str:
     """A job: what it would offer to a command."""
     with js.child_env("fifo") as env:
         return identity(env["MAKEFLAGS"])  # type: ignore[no-any-return]
+
+
+# MAKEFLAGS of jobs
+
+
+def plain_build(tool: str, directory: str, close_fds: bool) -> subprocess.CompletedProcess[bytes]:
+    """A job: start a tool as any program would."""
+    return subprocess.run([tool], cwd=directory, stdout=subprocess.DEVNULL, close_fds=close_fds)
+
+
+@pytest.mark.contract("K8", "N5")
+@each_make()
+@by_method("tasks", [1, None])
+def test_makeflags_of_jobs(
+    method: str, tasks: int | None, make: Tool, tmp_path: Path, gate: Gate
+) -> None:
+    """With makeflags=True a make that a job starts takes part, whatever way it is started."""
+    lay_out(str(tmp_path), gate.directory, 6)
+    # A path is enough for make 4.4; make 4.3 needs the descriptors.
+    by_path = make.version >= (4, 4) and tasks is None
+    style: bool | str = "fifo" if by_path else True
+    close_fds = by_path
+    with Jobserver(method, 3, makeflags=style, max_tasks_per_child=tasks) as js:
+        future = js(plain_build, make.path, str(tmp_path), close_fds)
+        gate.await_entered(3)
+        assert (len(gate.entered()), free(js)) == (3, 0)
+        gate.open()
+        assert future.result(PATIENCE).returncode == 0
+        assert len(gate.entered()) == 6
+        assert free(js) == 3
+
+
+def flags_and_fds(value: str | None = None) -> tuple[str | None, int]:
+    """A job: MAKEFLAGS, and how many descriptors are open."""
+    return os.environ.get("MAKEFLAGS"), len(open_fds())
+
+
+@pytest.mark.contract("K8")
+def test_makeflags_are_a_default(method: str) -> None:
+    """Submissions, map, the executor, copies and siblings follow it; the job's env goes first."""
+    with Jobserver(method, 1, makeflags=True) as js, JobserverExecutor(js) as executor:
+        for flags in (
+            js(flags_and_fds).result(PATIENCE)[0],
+            next(js.map(flags_and_fds, [()]))[0],
+            copy.copy(js)(flags_and_fds).result(PATIENCE)[0],
+            js.replace(makeflags=False).replace(makeflags=True)(flags_and_fds).result(PATIENCE)[0],
+            executor.submit(flags_and_fds).result(PATIENCE)[0],
+            js(nested_flags, js).result(PATIENCE),
+        ):
+            assert flags is not None
+            assert "--jobserver-auth=fifo:" in flags
+        plain = js.replace(makeflags=False)
+        assert plain(flags_and_fds).result(PATIENCE)[0] is None
+        assert js.submit(flags_and_fds, env={"MAKEFLAGS": "k"}).result(PATIENCE)[0] == "k"
+    for bad in (1, None):
+        with pytest.raises(TypeError):
+            Jobserver(method, 1, makeflags=bad)  # type: ignore[arg-type]
+    for name in ("", "yes"):
+        with pytest.raises(ValueError):
+            Jobserver(method, 1, makeflags=name)
+
+
+def nested_flags(js: Jobserver) -> str | None:
+    """A job: MAKEFLAGS of a job of its own."""
+    return js(flags_and_fds).result()[0]
+
+
+class Guard:
+    """A preexec_fn that returns a context manager, and suppresses KeyError."""
+
+    def __call__(self) -> Guard:
+        assert "MAKEFLAGS" in os.environ
+        return self
+
+    def __enter__(self) -> None:
+        os.environ["GUARDED"] = "1"
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
+        return kind is KeyError
+
+
+def guarded() -> tuple[str, int]:
+    """A job: what the guard has done."""
+    return os.environ["GUARDED"], os.getpid()
+
+
+@pytest.mark.contract("K8", "S9")
+def test_makeflags_and_preexec_fn(method: str) -> None:
+    """A preexec_fn works as without makeflags; worker processes that stay do not pile up files."""
+    with Jobserver(method, 1, makeflags=True, preexec_fn=Guard(), max_tasks_per_child=None) as js:
+        assert js(guarded).result(PATIENCE)[0] == "1"
+        assert js(fail, KeyError).result(PATIENCE) is None
+        with pytest.raises(ValueError):
+            js(fail, ValueError).result(PATIENCE)
+        counts = {js(flags_and_fds).result(PATIENCE)[1] for _ in range(4)}
+        assert len(counts) == 1
+        pids = {js(guarded).result(PATIENCE)[1] for _ in range(3)}
+        assert len(pids) == 1
+        pids = {js.submit(pid, preexec_fn=nothing).result(PATIENCE) for _ in range(3)}
+        assert len(pids) == 3
