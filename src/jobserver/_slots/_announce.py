@@ -104,7 +104,7 @@ def compose(makeflags: str, style: str, pair: str, path: str, slots: int) -> str
 
     Args:
         makeflags: What there is: ``-k``, ``-s``, variables, perhaps another pool.
-        style: ``universal``, ``fifo`` or ``pipe``.
+        style: ``universal``, ``fifo``, ``pipe``, or ``none`` for no pool but ``-jN``.
         pair: The descriptors for reading and writing, ``R,W``.
         path: The path of the FIFO, without blanks.
         slots: The N of ``-jN``.
@@ -112,6 +112,8 @@ def compose(makeflags: str, style: str, pair: str, path: str, slots: int) -> str
     letters, options, variables = _dissect(makeflags)
     if style == "fifo":
         options += [f"-j{slots}", f"--jobserver-auth=fifo:{path}"]
+    elif style == "none":
+        options += [f"-j{slots}"]
     elif style == "pipe":
         options += [f"-j{slots}", f"--jobserver-auth={pair}"]
     else:

@@ -14,6 +14,7 @@ import struct
 
 _IN_ACCESS = 0x1
 _IN_MODIFY = 0x2
+_IN_CLOSE = 0x18
 _IN_OPEN = 0x20
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 _HEADER = struct.Struct("iIII")
@@ -21,9 +22,13 @@ _HEADER = struct.Struct("iIII")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def watch(fifo: int) -> int:
+def watch(fifo: int, *, closings: bool = False) -> int:
     """
     Return a descriptor that is readable once something happens to the FIFO behind ``fifo``.
+
+    Args:
+        fifo: The FIFO.
+        closings: Hear of it being opened and closed, rather than opened, read and written.
 
     Raises:
         OSError: The system gives no more of these.
@@ -32,7 +37,8 @@ def watch(fifo: int) -> int:
     if fd < 0:
         raise _error()
     path = f"/proc/self/fd/{fifo}".encode()
-    if _libc.inotify_add_watch(fd, path, _IN_ACCESS | _IN_MODIFY | _IN_OPEN) < 0:
+    mask = _IN_OPEN | (_IN_CLOSE if closings else _IN_ACCESS | _IN_MODIFY)
+    if _libc.inotify_add_watch(fd, path, mask) < 0:
         error = _error()
         os.close(fd)
         raise error
