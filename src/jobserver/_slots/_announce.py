@@ -158,4 +158,6 @@ def _raw_words(makeflags: str) -> list[str]:
         else:
             words[-1] += char
         quoted = char == "\\" and not quoted
+    if quoted:
+        words[-1] += "\\"  # else it would quote the blank that follows now
     return words[:1] + [word for word in words[1:] if word]
