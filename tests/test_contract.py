@@ -147,7 +147,8 @@ def public_things() -> Iterator[tuple[str, Any]]:
     for name in NAMES[:-1]:
         kind = getattr(jobserver, name)
         yield name, kind
-        for attribute, value in vars(kind).items():
+        ours = [base for base in kind.__mro__ if base.__module__.startswith("jobserver")]
+        for attribute, value in [item for base in ours for item in vars(base).items()]:
             if attribute.startswith("_") and attribute != "__call__":
                 continue
             if inspect.isfunction(value) or isinstance(value, (property, classmethod)):

@@ -27,6 +27,7 @@ from ._callbacks import issue_due, issuing
 from ._check import check_pause
 from ._errors import Blocked
 from ._signals import deferred
+from ._slots._held import current_slot
 from ._slots._lease import Lease
 from ._slots._own import OwnSlot, own_slot
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ._reactor import Reactor
 
 # A waiter looks for the tokens of dead holders after each so many seconds of fruitless waiting.
-_TICK = 0.2
+TICK = 0.2
 # How often a waiter asks whether there is something to do early.
 _GLANCE = 0.05
 
@@ -68,12 +69,13 @@ class Admission:
             issue_due(self.reactor)
             # An endless pause (inf) is slept in days, which epoll can count.
             step = min(end, time.monotonic() + 86400)
-            if not self.reactor.wait(self._callbacks_due, step) and time.monotonic() >= end:
+            if not self.reactor.wait(self.callbacks_due, step) and time.monotonic() >= end:
                 break
         if late:
             raise Blocked("sleep_fn did not let the work in within the timeout")
 
-    def _callbacks_due(self) -> bool:
+    def callbacks_due(self) -> bool:
+        """Say whether this thread should issue callbacks."""
         return bool(self.reactor.ready) and not issuing()
 
     def take(
@@ -94,7 +96,8 @@ class Admission:
             Blocked: There was none in time.
             CallbackRaised: A callback failed meanwhile; nothing is taken.
         """
-        reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
+        reactor, slots = self.reactor, self.reactor.slots
+        own = current_slot(slots)
         crew = reactor.crew
         taken: list[Lease] = []
         try:
@@ -105,7 +108,7 @@ class Admission:
             self._give_all_back(taken)
             raise
         lends = deadline is None and own.attach(slots)
-        bell = _Bell(own)
+        bell = Bell(own)
 
         def over() -> bool:
             if until is not None and until._outcome is not None:
@@ -113,9 +116,9 @@ class Admission:
             return early is not None and early()
 
         def test() -> bool:
-            self._refuse_closed()
+            self.refuse_closed()
             # Callbacks first: the slot that has come back is theirs to submit on.
-            if self._callbacks_due() or over():
+            if self.callbacks_due() or over():
                 return True
             lease = crew.try_take()
             if lease is None and lends:
@@ -141,14 +144,14 @@ class Admission:
                     test,
                     deadline,
                     arm=bell.arm(arm) if lends else arm,
-                    tick=_TICK,
+                    tick=TICK,
                     on_tick=slots.sweep,
                 ):
                     if taken:
                         return taken.pop()
                     if over():
                         return None
-                    if not self._callbacks_due():
+                    if not self.callbacks_due():
                         bell.ring()
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
@@ -162,7 +165,7 @@ class Admission:
         """Take a slot that is free at this instant, unless something else comes first."""
         reactor = self.reactor
         with deferred(), reactor.lock:
-            if not (reactor.closed or self._callbacks_due() or (until and until._outcome)):
+            if not (reactor.closed or self.callbacks_due() or (until and until._outcome)):
                 lease = reactor.crew.try_take()
                 if lease is not None:
                     taken.append(lease)
@@ -173,7 +176,8 @@ class Admission:
         while taken:
             self.give_back(taken.pop(), unheard=True)
 
-    def _refuse_closed(self) -> None:
+    def refuse_closed(self) -> None:
+        """Raise RuntimeError if closed."""
         if self.reactor.closed:
             raise RuntimeError("Jobserver is closed")
 
@@ -187,12 +191,12 @@ class Admission:
         """
         reactor = self.reactor
         if lease.worker is not None:
-            if unheard and not own_slot().lent:
+            if unheard and not current_slot(reactor.slots).lent:
                 reactor.put_back(lease)
                 return
             reactor.dismiss(lease)  # it may have heard part of the job
         with reactor.lock:
-            own = own_slot()
+            own = current_slot(reactor.slots)
             if own.lent and own.attach(reactor.slots):
                 own.lease = lease
             else:
@@ -201,10 +205,11 @@ class Admission:
 
     def regain(self) -> None:
         """If this job has lent its slot, wait until it holds one again. Issues no callbacks."""
-        reactor, slots, own = self.reactor, self.reactor.slots, own_slot()
+        reactor, slots = self.reactor, self.reactor.slots
+        own = current_slot(slots)
         if not own.lent or not own.attach(slots):
             return
-        bell = _Bell(own)
+        bell = Bell(own)
 
         def test() -> bool:
             if own.lease is None:
@@ -215,19 +220,21 @@ class Admission:
             # As long as a child runs on a slot, that will come back to us.
             return not reactor.lends_below() or own.heard()
 
+        # The slot of a child goes to the process's own; a thread's comes from the pool.
+        claims = int(own is own_slot())
         with reactor.lock:
-            reactor.starving += 1
+            reactor.starving += claims
         try:
             while own.lease is None:
                 reactor.wait(
-                    test, None, arm=bell.arm(slots.filenos()), tick=_TICK, on_tick=slots.sweep
+                    test, None, arm=bell.arm(slots.filenos()), tick=TICK, on_tick=slots.sweep
                 )
                 if own.lease is None:
                     bell.ring()
         finally:
             bell.hush()
             with reactor.lock:
-                reactor.starving -= 1
+                reactor.starving -= claims
 
     def wait_for(
         self,
@@ -261,11 +268,11 @@ class Admission:
         future: Optional[Future[Any]],
         tick: Optional[float] = None,
     ) -> bool:
-        reactor, own = self.reactor, own_slot()
+        reactor, own = self.reactor, current_slot(self.reactor.slots)
         can_lend = deadline is None and own.attach(reactor.slots) and own.consumes
 
         def test() -> bool:
-            return over() or self._callbacks_due()
+            return over() or self.callbacks_due()
 
         def test_or_heard() -> bool:
             return test() or own.heard()
@@ -294,8 +301,8 @@ class Admission:
     def _wait_lending(
         self, test: Callable[[], bool], future: Optional[Future[Any]], tick: Optional[float]
     ) -> None:
-        reactor, own = self.reactor, own_slot()
-        bell = _Bell(own)
+        reactor, own = self.reactor, current_slot(self.reactor.slots)
+        bell = Bell(own)
 
         def heard() -> bool:
             # Somebody below starves: pass it on, or lend again what another thread got back.
@@ -307,6 +314,8 @@ class Admission:
             # Of several children the first to end must not bring us a slot to wait on with.
             last = set(reactor.running) if len(reactor.running) == 1 else set()
             claimed = last if future is None else {future}
+            if own is not own_slot():
+                claimed = set()  # a thread's slot comes from the pool
             reactor.claimed |= claimed
             mine = own.lend()
             if mine is not None:
@@ -329,7 +338,7 @@ class Admission:
             self.regain()
 
 
-class _Bell:
+class Bell:
     """Rings the bell of the parent, at most once at a time."""
 
     def __init__(self, own: OwnSlot) -> None:

@@ -329,9 +329,10 @@ class Engine:
 
     def _task(self, call: Call) -> Task:
         js = self.jobserver
+        worker_side = js._worker_side(None, None)
         if self._initializer is not None:
-            return Task(*call[:3], js._env, js._preexec_fn, self._initializer)
-        return Task(*call[:3], js._env, js._preexec_fn)
+            return Task(*call[:3], *worker_side, self._initializer)
+        return Task(*call[:3], *worker_side)
 
     def _complete(self, job: Future[Any]) -> None:
         # A very short job may be in the sink before `start` has returned; that is this thread, so

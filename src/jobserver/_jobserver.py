@@ -20,10 +20,12 @@ from ._check import (
     check_optional_callable,
     deadline_of,
 )
+from ._commands import Commands
 from ._future import Future
 from ._inputs import Inputs
 from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
+from ._slots._announce import check_style
 from ._worker._task import Task
 
 T = TypeVar("T")
@@ -32,7 +34,7 @@ PreexecFn = Callable[[], Any]
 SleepFn = Callable[[], Optional[float]]
 
 
-class Jobserver:
+class Jobserver(Commands):
     """
     One pool of slots for a program and everything it starts.
 
@@ -49,6 +51,9 @@ class Jobserver:
         lend: With True, a job lends its slot also while it waits for its children.
         max_tasks_per_child: How many jobs a worker process runs at most: 1 for a fresh process for
             each job, None for any number, one after the other ("warm" workers).
+        makeflags: With True, or with a style (see ``child_env``), MAKEFLAGS in each job's
+            environment offer the slots to commands that the job starts. All styles but ``"fifo"``
+            need descriptors: start such commands with ``close_fds=False``.
 
     Raises:
         TypeError, ValueError: A malformed argument.
@@ -65,9 +70,46 @@ class Jobserver:
         sleep_fn: Optional[SleepFn] = None,
         lend: bool = False,
         max_tasks_per_child: Optional[int] = 1,
+        makeflags: Union[bool, str] = False,
     ) -> None:
-        self._set_defaults(check_env(env), preexec_fn, sleep_fn, lend)
+        self._set_defaults(check_env(env), preexec_fn, sleep_fn, lend, makeflags)
         self._bind(Shared.create(context, slots, max_tasks_per_child))
+
+    @classmethod
+    def from_env(
+        cls,
+        context: Union[str, BaseContext, None] = None,
+        *,
+        env: Env = (),
+        preexec_fn: Optional[PreexecFn] = None,
+        sleep_fn: Optional[SleepFn] = None,
+        lend: bool = False,
+        max_tasks_per_child: Optional[int] = 1,
+        makeflags: Union[bool, str] = False,
+    ) -> Jobserver:
+        """
+        Join the pool of the make, ninja, cargo or ``jobserver run`` that started this process.
+
+        Where ``Jobserver()`` would go on with a pool of its own, this raises.
+
+        Args:
+            context: As in the constructor, like all that follow.
+            env: See ``submit``.
+            preexec_fn: See ``submit``.
+            sleep_fn: See ``submit``.
+            lend: With True, a job lends its slot also while it waits for its children.
+            max_tasks_per_child: How many jobs a worker process runs at most.
+            makeflags: With True, MAKEFLAGS in each job's environment offer the slots on.
+
+        Raises:
+            jobserver.makeflags.MakeflagsError: There is no such pool, or it cannot be joined; the
+                module has a subclass for each way in which the environment can be wrong.
+            TypeError, ValueError: A malformed argument.
+        """
+        joined = cls.__new__(cls)
+        joined._set_defaults(check_env(env), preexec_fn, sleep_fn, lend, makeflags)
+        joined._bind(Shared.join(context, max_tasks_per_child))
+        return joined
 
     def _set_defaults(
         self,
@@ -75,15 +117,20 @@ class Jobserver:
         preexec_fn: Optional[PreexecFn],
         sleep_fn: Optional[SleepFn],
         lend: bool,
+        makeflags: Union[bool, str],
     ) -> None:
         check_optional_callable("preexec_fn", preexec_fn)
         check_optional_callable("sleep_fn", sleep_fn)
         if not isinstance(lend, bool):
             raise TypeError(f"lend must be a bool, not {type(lend).__name__}")
+        if not isinstance(makeflags, (bool, str)):
+            raise TypeError(f"makeflags must be a bool or str, not {type(makeflags).__name__}")
         self._env = env
         self._preexec_fn = preexec_fn
         self._sleep_fn = sleep_fn
         self._lend = lend
+        style = "auto" if isinstance(makeflags, bool) else makeflags
+        self._makeflags = check_style(style) if makeflags is not False else None
 
     def _bind(self, shared: Shared) -> None:
         self._shared = shared
@@ -160,10 +207,13 @@ class Jobserver:
         self, env: Optional[Env], preexec_fn: Optional[PreexecFn]
     ) -> tuple[dict[str, Optional[str]], Optional[PreexecFn]]:
         check_optional_callable("preexec_fn", preexec_fn)
-        return (
-            self._env if env is None else check_env(env),
-            self._preexec_fn if preexec_fn is None else preexec_fn,
-        )
+        changes = self._env if env is None else check_env(env)
+        chosen = self._preexec_fn if preexec_fn is None else preexec_fn
+        if self._makeflags and "MAKEFLAGS" not in changes:
+            from ._announcing import Announcing
+
+            chosen = Announcing(self._shared, self._makeflags, chosen)
+        return changes, chosen
 
     def map(
         self,
@@ -229,6 +279,7 @@ class Jobserver:
         preexec_fn: Any = ...,
         sleep_fn: Any = ...,
         lend: Any = ...,
+        makeflags: Any = ...,
     ) -> Jobserver:
         """
         Return a sibling handle with other defaults, which shares the same slots.
@@ -238,6 +289,7 @@ class Jobserver:
             preexec_fn: Likewise.
             sleep_fn: Likewise.
             lend: Likewise.
+            makeflags: Likewise.
         """
         sibling = self.__copy__()
         sibling._set_defaults(
@@ -245,6 +297,7 @@ class Jobserver:
             self._preexec_fn if preexec_fn is ... else preexec_fn,
             self._sleep_fn if sleep_fn is ... else sleep_fn,
             self._lend if lend is ... else lend,
+            self._makeflags or False if makeflags is ... else makeflags,
         )
         return sibling
 
@@ -276,7 +329,7 @@ class Jobserver:
     def __copy__(self) -> Jobserver:
         """Return another handle on the same slots."""
         twin = type(self).__new__(type(self))
-        twin._set_defaults(self._env, self._preexec_fn, self._sleep_fn, self._lend)
+        twin._set_defaults(*self._defaults())
         twin._bind(self._shared)
         return twin
 
@@ -284,13 +337,17 @@ class Jobserver:
         """Return another handle on the same slots: slots cannot be doubled."""
         return self.__copy__()
 
+    def _defaults(self) -> tuple[Any, ...]:
+        makeflags = self._makeflags or False
+        return self._env, self._preexec_fn, self._sleep_fn, self._lend, makeflags
+
     def __getstate__(self) -> tuple[Any, ...]:
         """Return what travels into a job: the slots and the defaults, no Future."""
-        return self._shared, self._env, self._preexec_fn, self._sleep_fn, self._lend
+        return self._shared, *self._defaults()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Become a handle on the slots that came along."""
-        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[0], Shared):
+        if not isinstance(state, tuple) or len(state) != 6 or not isinstance(state[0], Shared):
             raise TypeError("this is not the state of a Jobserver")
         shared, *defaults = state
         self._set_defaults(*defaults)

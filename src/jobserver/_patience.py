@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
+from ._holding import Resting
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 
@@ -39,7 +40,7 @@ class Patience:
 
     def __init__(self, jobserver: Jobserver) -> None:
         self._lends = jobserver._lend
-        self._shared = jobserver._shared
+        self.shared = jobserver._shared
         self._counts: dict[object, int] = {}
         self._rang = False  # the bell above, and has to take it back
         self._passed_on = False  # nothing is left to do about one's own bell
@@ -56,14 +57,14 @@ class Patience:
 
     def begin(self, target: object) -> bool:
         """Note that a thread waits for ``target``; False outside of jobs on this pool."""
-        with self._shared.reactor.lock:
+        with self.shared.reactor.lock:
             own = own_slot()
-            if not own.attach(self._shared.slots):
+            if not own.attach(self.shared.slots):
                 return False
             self._counts[target] = self._counts.get(target, 0) + 1
             job = getattr(target, "job", None)
             if job is not None:
-                self._shared.reactor.claimed.add(job)
+                self.shared.reactor.claimed.add(job)
             if self._lends:
                 self._put_down()
         return True
@@ -75,7 +76,7 @@ class Patience:
         Returns:
             Whether others still wait, who may have to lend it again.
         """
-        reactor = self._shared.reactor
+        reactor = self.shared.reactor
         with reactor.lock:
             count = self._counts.pop(target, 0) - 1
             job = getattr(target, "job", None)
@@ -85,36 +86,36 @@ class Patience:
                 reactor.claimed.discard(job)
             if not self._counts:
                 self._hush()
-        self._shared.admission.regain()
+        self.shared.admission.regain()
         return bool(self._counts)
 
     def started(self, promise: Promise[Any]) -> None:
         """A call is running now: if it is waited for, its slot is to come to this job."""
         if promise in self._counts and promise.job is not None:
-            self._shared.reactor.claimed.add(promise.job)
+            self.shared.reactor.claimed.add(promise.job)
 
     def ended(self, promise: Promise[Any]) -> None:
         """A call has ended: nobody needs to wait for it any more."""
         self._counts.pop(promise, None)
         if promise.job is not None:
-            self._shared.reactor.claimed.discard(promise.job)
+            self.shared.reactor.claimed.discard(promise.job)
 
     def lend(self) -> Optional[Lease]:
         """There is no free slot for a call: return the job's own if it may have that."""
         own = own_slot()
-        if not self._counts or not own.attach(self._shared.slots):
+        if not self._counts or not own.attach(self.shared.slots):
             return None
         lease = own.lend_to_child()
         if lease is not None:
-            self._shared.reactor.crew.take_for(lease)
-        elif not self._shared.reactor.lends_below():
+            self.shared.reactor.crew.take_for(lease)
+        elif not self.shared.reactor.lends_below():
             self._ring()
         return lease
 
     def listen(self) -> None:
         """If somebody below starves, help or pass it on."""
         own = own_slot()
-        if self._counts and own.attach(self._shared.slots) and own.heard():
+        if self._counts and own.attach(self.shared.slots) and own.heard():
             if own.lease is not None:
                 self._put_down()
             else:
@@ -150,12 +151,17 @@ class Wait:
         self._target = target
         self._seek = seek
         self._begun = False
+        self._resting = Resting(patience.shared)
 
     def __enter__(self) -> None:
+        self._resting.__enter__()
         self._begun = self._patience.begin(self._target)
         if self._begun:
             self._seek()
 
     def __exit__(self, *exc: object) -> None:
-        if self._begun and self._patience.end(self._target):
-            self._seek()
+        try:
+            if self._begun and self._patience.end(self._target):
+                self._seek()
+        finally:
+            self._resting.__exit__()

@@ -369,7 +369,18 @@ class Reactor:
     def disarm(self, fd: int) -> None:
         """Forget an armed descriptor that is about to be closed."""
         with self.lock:
+            self.forget(fd)
+
+    def forget(self, fd: int) -> None:
+        """Do so under the lock; -1 is none."""
+        if fd >= 0:
             self.poller.disarm(fd)
+
+    def slot_came_free(self) -> None:
+        """A thread has put its slot down, under the lock: tell those that seek one."""
+        self.wake_seekers()
+        self._nudge_leader()
+        self._retire()
 
     def reap_lingering(self, seconds: float) -> None:
         """Wait, not longer than ``seconds``, for the processes of finished jobs to be gone."""

@@ -27,12 +27,14 @@ from ._launch import Launcher, launcher_for
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
 from ._signals import Deferred, deferred
+from ._slots._held import current_slot
 from ._slots._lease import Lease
-from ._slots._makeflags import Unusable, open_outer
+from ._slots._makeflags import outer_from
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
 from ._worker._stay import IDLE, Stays
 from ._worker._task import Task
+from .makeflags import NoPoolOffered, PoolUnusable
 
 # How long closing waits for processes that have answered to be gone: they end by themselves.
 _LINGER = 5.0
@@ -61,18 +63,22 @@ class Shared:
 
     @classmethod
     def create(cls, context: Context, slots: Optional[int], tasks: Optional[int]) -> Shared:
-        """Make a pool of its own."""
-        _forking.settle()
-        found = resolve_context(context)
+        """Make a pool of its own, or join the outer make's."""
+        found = _prepared(context)
         if slots is not None:
             check_slots(slots)
         check_tasks(tasks)
-        for reactor in active_reactors():
-            reactor.reap()  # also those that nobody will ask any more
         warm = tasks != 1
         with deferred():  # else descriptors might be opened and not noted
             pool = default_pool(warm=warm) if slots is None else SlotPool.create(slots, warm=warm)
         return cls(pool, found, tasks)
+
+    @classmethod
+    def join(cls, context: Context, tasks: Optional[int]) -> Shared:
+        """Join the outer make's pool, and no other."""
+        found = _prepared(context)
+        check_tasks(tasks)
+        return cls(SlotPool.join(outer_from(os.environ), warm=tasks != 1), found, tasks)
 
     @property
     def closed(self) -> bool:
@@ -134,13 +140,14 @@ class Shared:
         """Launch a worker on ``lease``, which goes back where it came from if that fails."""
         future: Future[Any] = Future(self.admission, lends=lends)
         future._sink = sink
-        lent = lease is not None and own_slot().lent
+        own = current_slot(self.slots)
+        lent = lease is not None and own.lent
         unheard = True
         try:
             prepared = self.launcher.prepare(task)
             unheard = False
             with deferred() as signals:
-                seat = seat_for(self.slots, lease, own_slot())
+                seat = seat_for(self.slots, lease, own)
                 if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
                     stays = self._stays(lease)
                     started = self.launcher.launch(prepared, seat, stays)
@@ -253,6 +260,13 @@ def _rebuild(
     return shared
 
 
+def _prepared(context: Context) -> BaseContext:
+    _forking.settle()
+    for reactor in active_reactors():
+        reactor.reap()  # also those that nobody will ask any more
+    return resolve_context(context)
+
+
 def resolve_context(context: Context) -> BaseContext:
     """Return the multiprocessing context meant; without fixing the default as a side effect."""
     if isinstance(context, BaseContext):
@@ -274,15 +288,14 @@ def resolve_context(context: Context) -> BaseContext:
 def default_pool(*, warm: bool) -> SlotPool:
     """Join the outer make's pool, if there is one; else make one as large as the CPUs allow."""
     try:
-        outer = open_outer(os.environ.get("MAKEFLAGS", ""))
-    except Unusable as why:
+        return SlotPool.join(outer_from(os.environ), warm=warm)
+    except NoPoolOffered:
+        pass
+    except PoolUnusable as why:
         warnings.warn(
             f"the outer jobserver in MAKEFLAGS cannot be used: {why}."
             " Using as many slots as this process may use CPUs",
             RuntimeWarning,
             stacklevel=4,
         )
-        outer = None
-    if outer is not None:
-        return SlotPool.join(outer, warm=warm)
     return SlotPool.create(len(os.sched_getaffinity(0)), warm=warm)

@@ -15,17 +15,27 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Mapping
 from typing import NamedTuple, Optional
+
+from jobserver.makeflags import (
+    BadAuth,
+    CannotOpenFifo,
+    DescriptorsClosed,
+    DescriptorsOfOthers,
+    DryRun,
+    NoJobserver,
+    NoMakeflags,
+    NoPoolOffered,
+    NotAFifo,
+    PoolDisabled,
+)
 
 from ._section import F_SETPIPE_SZ, OPEN_FLAGS, PAGE, ring_of
 
-_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
+AUTH_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
 # As much as an unprivileged process may ask for: each token that is spliced back takes a page.
 _OUTER_PAGES = 256
-
-
-class Unusable(Exception):
-    """MAKEFLAGS names a pool that cannot be joined: why, and what to do."""
 
 
 class Outer(NamedTuple):
@@ -35,33 +45,54 @@ class Outer(NamedTuple):
     slots: Optional[int]
 
 
-def open_outer(makeflags: str) -> Optional[Outer]:
+def outer_from(environ: Mapping[str, str]) -> Outer:
+    """
+    Open the pool that the environment offers.
+
+    Raises:
+        MakeflagsError: There is none, or it cannot be used.
+    """
+    try:
+        return open_outer(environ.get("MAKEFLAGS", ""))
+    except (NoMakeflags, NoJobserver) as none:
+        # Cargo tells its build scripts in a variable of its own.
+        try:
+            return open_outer(environ.get("CARGO_MAKEFLAGS", ""))
+        except NoPoolOffered:
+            raise none from None
+
+
+def open_outer(makeflags: str) -> Outer:
     """
     Open the pool that ``makeflags`` offers.
 
-    Returns:
-        None when there is none, or when it is not for us: a dry run, a disabled pool.
-
     Raises:
-        Unusable: There is one, and it cannot be used.
+        MakeflagsError: There is none, or it cannot be used.
     """
+    if not makeflags.strip():
+        raise NoMakeflags("MAKEFLAGS is not set: this process was not started by make")
     words = split_flags(makeflags)
-    if words and "n" in words[0] and not words[0].startswith("-") and "=" not in words[0]:
-        return None  # make -n: nothing is to be done
+    if "n" in words[0] and not words[0].startswith("-") and "=" not in words[0]:
+        raise DryRun("make runs with -n: nothing is to be done")
+    auth, slots = read_options(words)
+    if auth is None:
+        raise NoJobserver("make shares no jobs here: it was started without -jN, or with -j1")
+    return Outer(_open_fifo(auth[5:]) if auth.startswith("fifo:") else _open_pair(auth), slots)
+
+
+def read_options(words: list[str]) -> tuple[Optional[str], Optional[int]]:
+    """Return what the last jobserver option says, and the N of ``-jN``; None where not told."""
     auth = None
     slots = None
     for word in words:
         if word == "--":
             break
-        for option in _OPTIONS:
+        for option in AUTH_OPTIONS:
             if word.startswith(option):
                 auth = word[len(option) :]
         if word.startswith("-j") and word[2:].isdigit():
             slots = int(word[2:])
-    if auth is None:
-        return None
-    fd = _open_fifo(auth[5:]) if auth.startswith("fifo:") else _open_pair(auth)
-    return None if fd is None else Outer(fd, slots)
+    return auth, slots
 
 
 def split_flags(makeflags: str) -> list[str]:
@@ -88,38 +119,47 @@ def split_flags(makeflags: str) -> list[str]:
 
 def _open_fifo(path: str) -> int:
     try:
+        if not stat.S_ISFIFO(os.stat(path).st_mode):  # opening a device may do things
+            raise NotAFifo(f"{path!r} is no FIFO")
         # For reading and writing, so that the opening waits for nobody.
         fd = os.open(path, OPEN_FLAGS)
     except OSError as error:
-        raise Unusable(
+        raise CannotOpenFifo(
             f"the FIFO {path!r} cannot be opened ({error.strerror});"
             " has the make that made it ended?"
         ) from None
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         os.close(fd)
-        raise Unusable(f"{path!r} is no FIFO")
+        raise NotAFifo(f"{path!r} is no FIFO")
     return _enlarge(fd)
 
 
-def _open_pair(auth: str) -> Optional[int]:
-    try:
-        reader, writer = (int(word) for word in auth.split(","))
-    except ValueError:
-        raise Unusable(f"the option --jobserver-auth={auth} cannot be understood") from None
-    if reader < 0 or writer < 0:
-        return None  # disabled for this process
+def _open_pair(auth: str) -> int:
     hint = 'add "+" before the recipe line that starts this program'
+    words = auth.split(",")
+    if len(words) != 2 or not all(_is_number(word) for word in words):
+        raise BadAuth(f"the option --jobserver-auth={auth} cannot be understood")
+    reader, writer = (int(word) for word in words)
+    if reader < 0 or writer < 0:
+        raise PoolDisabled(f"make has disabled it for this recipe; {hint}")
     try:
         found, other = os.fstat(reader), os.fstat(writer)
-    except OSError:
-        raise Unusable(f"its descriptors {auth} are not open here; {hint}") from None
+    except (OSError, OverflowError):
+        raise DescriptorsClosed(f"its descriptors {auth} are not open here; {hint}") from None
     same = (found.st_dev, found.st_ino) == (other.st_dev, other.st_ino)
     if not (stat.S_ISFIFO(found.st_mode) and same):
-        raise Unusable(f"the descriptors {auth} are other files here; {hint}")
+        raise DescriptorsOfOthers(f"the descriptors {auth} are other files here; {hint}")
     try:
         return _enlarge(os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS))
     except OSError as error:
-        raise Unusable(f"its descriptors {auth} cannot be reopened ({error.strerror})") from None
+        raise DescriptorsClosed(
+            f"its descriptors {auth} cannot be reopened ({error.strerror})"
+        ) from None
+
+
+def _is_number(word: str) -> bool:
+    digits = word.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 12
 
 
 def _enlarge(fd: int) -> int:

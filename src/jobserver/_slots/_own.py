@@ -21,6 +21,7 @@ one too many (its ringer was killed) costs a needless lending, and never more.
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Optional
 
 from jobserver import _forking
@@ -59,6 +60,8 @@ class OwnSlot:
         self._inner_bell = -1
         self._first: Optional[Lease] = None
         self.lease: Optional[Lease] = None
+        # The thread that uses the slot for itself (``Jobserver.slot``); no other may lend it then.
+        self.user = 0
 
     def attach(self, pool: SlotPool) -> bool:
         """Say whether this is a job on ``pool``; from then on its slot, if any, can be lent."""
@@ -78,8 +81,15 @@ class OwnSlot:
         """Whether the job came with a slot and does not hold one now."""
         return self._first is not None and self.lease is None
 
+    @property
+    def outer_bell(self) -> int:
+        """The FIFO to ring when blocked without a slot, -1 for none."""
+        return self._outer_bell
+
     def lend(self) -> Optional[Lease]:
-        """Give the lease away, to be put into the pool."""
+        """Give the lease away, to be put into the pool; None if there is none to give."""
+        if not self._is_mine():
+            return None
         lease, self.lease = self.lease, None
         return lease
 
@@ -137,8 +147,11 @@ class OwnSlot:
         return self._inner_bell
 
     def heard(self) -> bool:
-        """Say whether somebody below is blocked without a slot."""
-        return self._inner_bell >= 0 and waiting_bytes(self._inner_bell) > 0
+        """Say whether somebody below is blocked without a slot, whom this thread may help."""
+        return self._inner_bell >= 0 and waiting_bytes(self._inner_bell) > 0 and self._is_mine()
+
+    def _is_mine(self) -> bool:
+        return self.user in (0, threading.get_ident())
 
     def ring(self) -> bool:
         """Tell whoever waits above that a process is blocked without a slot."""

@@ -38,9 +38,11 @@ _SPARE = 4
 class SlotPool:
     """Take, return and wait for tokens."""
 
-    def __init__(self, slots: int, sections: list[Section]) -> None:
+    def __init__(self, slots: int, sections: list[Section], *, joined: bool = False) -> None:
         self.slots = slots
         self.sections: list[Section] = sections
+        # The first section of a joined pool holds the implicit slot of this process tree.
+        self.joined = joined
         self.held_fds: set[int] = set()
         self.key: tuple[int, int] = _identity(sections[0].pipe)
         _forking.track(self)
@@ -101,7 +103,11 @@ class SlotPool:
             for fd in opened:
                 os.close(fd)
             raise
-        return cls(slots, sections)
+        return cls(slots, sections, joined=True)
+
+    def shared_pipe(self) -> int:
+        """Return the pipe to offer to commands: of several, that with the most free tokens."""
+        return max((part.pipe for part in self.sections[self.joined :]), key=waiting_bytes)
 
     def filenos(self) -> list[int]:
         """Return the descriptors of which one is readable while a token is free."""
@@ -194,7 +200,7 @@ class SlotPool:
         parts = [
             (part.seats, [dup(fd) for fd in (part.pipe, *part.berths)]) for part in self.sections
         ]
-        return _rebuild, (self.slots, parts)
+        return _rebuild, (self.slots, parts, self.joined)
 
 
 def _open_berths(count: int, opened: list[int]) -> list[int]:
@@ -204,14 +210,14 @@ def _open_berths(count: int, opened: list[int]) -> list[int]:
     return opened[len(opened) - count :]
 
 
-def _rebuild(slots: int, parts: list[tuple[int, list[Any]]]) -> SlotPool:
+def _rebuild(slots: int, parts: list[tuple[int, list[Any]]], joined: bool) -> SlotPool:
     sections = []
     for seats, handed_fds in parts:
         fds = [handed_fd.detach() for handed_fd in handed_fds]
         for fd in fds:
             os.set_inheritable(fd, False)
         sections.append(Section(fds[0], fds[1:], seats))
-    return SlotPool(slots, sections)
+    return SlotPool(slots, sections, joined=joined)
 
 
 def _seats(berths: list[int], tokens: int) -> int:

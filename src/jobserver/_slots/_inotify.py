@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Hear of it when somebody opens, reads or writes a FIFO.
+
+Nothing else tells that: a FIFO that is drained can be polled for, but not one that is read from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+_IN_ACCESS = 0x1
+_IN_MODIFY = 0x2
+_IN_CLOSE = 0x18
+_IN_OPEN = 0x20
+_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
+_HEADER = struct.Struct("iIII")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def watch(fifo: int, *, closings: bool = False) -> int:
+    """
+    Return a descriptor that is readable once something happens to the FIFO behind ``fifo``.
+
+    Args:
+        fifo: The FIFO.
+        closings: Hear of it being opened and closed, rather than opened, read and written.
+
+    Raises:
+        OSError: The system gives no more of these.
+    """
+    fd: int = _libc.inotify_init1(_FLAGS)
+    if fd < 0:
+        raise _error()
+    path = f"/proc/self/fd/{fifo}".encode()
+    mask = _IN_OPEN | (_IN_CLOSE if closings else _IN_ACCESS | _IN_MODIFY)
+    if _libc.inotify_add_watch(fd, path, mask) < 0:
+        error = _error()
+        os.close(fd)
+        raise error
+    return fd
+
+
+def drain(fd: int) -> bool:
+    """Forget what has happened so far; says whether somebody has opened the FIFO."""
+    opened = False
+    while True:
+        try:
+            events = os.read(fd, 65536)
+        except BlockingIOError:
+            return opened
+        place = 0
+        while place < len(events):
+            _, mask, _, length = _HEADER.unpack_from(events, place)
+            opened = opened or bool(mask & _IN_OPEN)
+            place += _HEADER.size + length
+
+
+def _error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))

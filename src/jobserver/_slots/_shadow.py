@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+Slots for a foreign tool, which the tool cannot lose.
+
+A foreign client reads tokens into its memory: if it is killed they are gone, and it may write back
+what it never took. So it gets a FIFO of its own, with *shadow* tokens in it. Behind each of them is
+a lease that this process holds; whatever becomes of the shadows, the leases go back.
+
+Guarantees:
+
+* Shadow tokens in the FIFO and in the tool's hands <= leases. What the tool invents is taken out.
+* No lease is kept for a shadow token that lies idle while others could be short of slots: of more
+  than one all others go back at once, and the last one after a moment.
+
+That the tool wants a token cannot be seen, only that it has taken one. So one is offered: when the
+FIFO is opened, when the last one has been taken, and from time to time if a slot is free anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Optional
+
+from jobserver import _forking
+
+from ._lease import Lease
+from ._pool import SlotPool
+from ._section import new_fifo, write_all
+from ._splice import waiting_bytes
+
+# How many seconds an offered token may lie idle while no other slot is free.
+_GRACE = 0.05
+# After how many seconds one is offered anew. A tool that has never touched the FIFO is asked at
+# ever longer intervals: it probably knows nothing of jobservers.
+_REST = 0.2
+_LONGEST_REST = 1.6
+
+
+class Shadow:
+    """
+    One tool's private FIFO.
+
+    Args:
+        pool: Where the leases come from.
+        now: The ``time.monotonic`` instant.
+    """
+
+    def __init__(self, pool: SlotPool, now: float) -> None:
+        self._pool = pool
+        self._leases: list[Lease] = []
+        self.peak = 0
+        #: Whether the tool has taken all that was offered, and a slot is to be had for it.
+        self.hungry = False
+        #: When ``step`` is to be called at the latest; None if only what happens counts.
+        self.wake_at: Optional[float] = None
+        self._opened = False
+        self._touched = False
+        self._held = 0  # by the tool, when last looked at
+        self._idle_since = now
+        self._filled_until = now
+        self._rest = _REST
+        self._offer_at = now + _GRACE
+        with _forking.books_lock():
+            self.fifo = new_fifo(1)
+            _forking.owned.add(self.fifo)
+        self.watch = -1
+
+    def look(self) -> None:
+        """Begin to watch; after the descriptors for the tool were opened, as that is an event."""
+        from ._inotify import watch
+
+        with _forking.books_lock():
+            try:
+                self.watch = watch(self.fifo)
+            except OSError:
+                return  # the system has no more of these: it is looked at from time to time
+            _forking.owned.add(self.watch)
+
+    def fill(self, now: float) -> None:
+        """Offer every free slot for a moment: the tool is about to look for them."""
+        self._filled_until = now + _GRACE
+        while len(self._leases) < self._pool.slots and self.seek():
+            pass
+
+    def seek(self) -> bool:
+        """Take a free slot for the tool, if there is one."""
+        lease = self._pool.try_take()
+        if lease is None:
+            return False
+        self._leases.append(lease)
+        self._idle_since = time.monotonic()
+        self.peak = max(self.peak, len(self._leases))
+        write_all(self.fifo, b"+")
+        return True
+
+    def step(self, now: float) -> None:
+        """Compare what was offered with what is left of it, and act on it."""
+        if self._has_opened():
+            self.fill(now)
+        idle = self._count_idle()
+        held = len(self._leases) - idle
+        if held > self._held:
+            self._touched = True
+            self.hungry = True
+            self._rest = _REST
+        if held != self._held:
+            self._idle_since = now
+        self._held = held
+        self.wake_at = None if self.watch >= 0 else now + _GRACE
+        if idle:
+            self._be_modest(idle, now)
+        elif not self.hungry:
+            self._try_again(now)
+
+    def _has_opened(self) -> bool:
+        if self.watch < 0:
+            return False
+        from ._inotify import drain
+
+        first = drain(self.watch) and not self._opened
+        self._opened = self._opened or first
+        return first
+
+    def _count_idle(self) -> int:
+        idle = waiting_bytes(self.fifo)
+        while idle > len(self._leases):
+            if not self._take_back():
+                break
+            idle -= 1
+        return min(idle, len(self._leases))
+
+    def _take_back(self) -> bool:
+        try:
+            return bool(os.read(self.fifo, 1))
+        except BlockingIOError:
+            return False  # the tool was faster
+
+    def _be_modest(self, idle: int, now: float) -> None:
+        self.hungry = False
+        if now < self._filled_until:
+            self._wake_at(self._filled_until)
+            return
+        self._give_back(idle - 1)
+        patient_until = max(self._idle_since, self._filled_until) + _GRACE
+        if now < patient_until:
+            self._wake_at(patient_until)
+        elif self._pool.free():
+            self._wake_at(now + _REST)  # nobody is short of slots
+        else:
+            self._give_back(1)
+            self._offer_at = now + self._rest
+            self._wake_at(self._offer_at)
+            if not self._touched:
+                self._rest = min(2 * self._rest, _LONGEST_REST)
+
+    def _try_again(self, now: float) -> None:
+        if now >= self._offer_at:
+            self._offer_at = now + self._rest
+            # Who waits for a slot is quicker than this, so what is free here is nobody's.
+            if self.seek():
+                self._wake_at(now + _GRACE)
+                return
+        self._wake_at(self._offer_at)
+
+    def _give_back(self, count: int) -> None:
+        for _ in range(count):
+            if self._leases and self._take_back():
+                self._leases.pop().release()
+
+    def _wake_at(self, instant: float) -> None:
+        self.wake_at = instant if self.wake_at is None else min(instant, self.wake_at)
+
+    def release(self) -> None:
+        """The tool has ended: all leases go back, and nothing is offered any more."""
+        self.hungry = False
+        self.wake_at = None
+        while self._leases:
+            self._leases.pop().release()
+
+    def close(self) -> None:
+        """Release the leases and close the descriptors. What the tool has left uses its own."""
+        self.release()
+        for fd in (self.fifo, self.watch):
+            if fd >= 0:
+                _forking.close(fd)
+        self.fifo = self.watch = -1
