@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from executor_jobs import Recorder, await_running, executor_threads, in_threads
+from executor_jobs import Recorder, await_running, executor_threads, in_threads, note_once, noted
 from helpers import (
     METHODS,
     PATIENCE,
@@ -27,6 +27,7 @@ from helpers import (
     getenv,
     identity,
     lines,
+    pid,
     sleep,
     wait_until,
 )
@@ -501,3 +502,23 @@ def test_many_threads(method: str) -> None:
 
         found = in_threads(submit, use_map, submit, use_map)
         assert found == [[0, 1, 2]] * 4
+
+
+# Workers
+
+
+@pytest.mark.contract("E9")
+def test_workers_are_warm(method: str) -> None:
+    """An executor of its own pool runs its calls in workers that stay, and initializes each once."""
+    with JobserverExecutor(1, method, initializer=note_once, initargs=("here",)) as executor:
+        told = [executor.submit(noted).result(PATIENCE) for _ in range(3)]
+
+    assert told == [told[0]] * 3
+    assert told[0][1] == ["here"]
+
+
+@pytest.mark.contract("E9")
+def test_workers_of_a_given_jobserver(method: str) -> None:
+    """On a Jobserver with fresh workers an executor's workers are fresh."""
+    with Jobserver(method, 1, max_tasks_per_child=1) as js, JobserverExecutor(js) as executor:
+        assert len({executor.submit(pid).result(PATIENCE) for _ in range(3)}) == 3
