@@ -509,7 +509,7 @@ def test_many_threads(method: str) -> None:
 
 @pytest.mark.contract("E9")
 def test_workers_are_warm(method: str) -> None:
-    """An executor of its own pool runs its calls in workers that stay, and initializes each once."""
+    """An executor with a pool of its own has workers that stay, and initializes each once."""
     with JobserverExecutor(1, method, initializer=note_once, initargs=("here",)) as executor:
         told = [executor.submit(noted).result(PATIENCE) for _ in range(3)]
 
