@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -257,6 +258,35 @@ def test_unpicklable_jobs_are_forked() -> None:
         lock = threading.Lock()
         assert run(js, lambda: lock.acquire(blocking=False)) is True
         assert run(js, add, 1, 2) == 3
+
+
+def define(monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
+    """Define a thing in the main module, as a line in an interactive session does."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, names)
+    thing = names["thing"]
+    monkeypatch.setattr(sys.modules["__main__"], "thing", thing, raising=False)
+    return thing
+
+
+@pytest.mark.contract("W4", "W1")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_definitions_after_the_fork(tasks: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under fork a job calls what its names stand for at submission, also in a warm worker."""
+    with Jobserver("fork", 1, max_tasks_per_child=tasks) as js:
+        run(js, pid)
+        first = define(monkeypatch, "def thing(): return 'first', __import__('os').getpid()")
+        workers = [run(js, first) for _ in range(3)]
+        second = define(monkeypatch, "def thing(): return 'second', __import__('os').getpid()")
+        workers += [run(js, second) for _ in range(3)]
+        assert [name for name, _ in workers] == ["first"] * 3 + ["second"] * 3
+        if tasks is None:
+            assert len({worker for _, worker in workers}) == 2
+        kind = define(monkeypatch, "class thing: value = 3")
+        assert run(js, getattr, kind(), "value") == 3
+        mapped = define(monkeypatch, "def thing(n): return n * 7")
+        assert list(js.map(mapped, [(1,), (2,)])) == [7, 14]
+        assert list(js.map(functools.partial(mapped, 3), [()])) == [21]
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
