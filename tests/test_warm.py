@@ -33,6 +33,7 @@ from helpers import (
 )
 from marks import by_method
 from warm_jobs import (
+    Bomb,
     close_stdout,
     count_fds,
     do_nothing,
@@ -47,6 +48,7 @@ from warm_jobs import (
     raises,
     receive_all,
     remove_directory_below,
+    replace_environment,
     set_default_timeout,
     use_lock,
     wrap,
@@ -359,6 +361,17 @@ def test_closed_stdout_ends_the_worker(method: str) -> None:
         assert run(js, pid) != worker
 
 
+@pytest.mark.contract("W1", "W2")
+def test_environment_replaced(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a job nor the program that replaces os.environ itself fails for that."""
+    with warm(method) as js:
+        worker = run(js, replace_environment)
+        assert run(js, pid) != worker
+        monkeypatch.setattr(os, "environ", {**os.environ, "JOBSERVER_T": "mine"})
+        assert run(js, getenv, "JOBSERVER_T") == ["mine"]
+        assert run(js, getenv, "JOBSERVER_T") == ["mine"]
+
+
 @pytest.mark.contract("W1")
 def test_default_timeout_of_sockets(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A default timeout for sockets, set here or by a job, is not one for workers at rest."""
@@ -416,6 +429,8 @@ def test_descriptors_do_not_grow(method: str) -> None:
             reader, writer = multiprocessing.Pipe()
             run(js, identity, 1)
             run(js, count_fds, js, reader, writer)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                run(js, identity, Bomb("exception", "unpickling", 0), reader)
             reader.close()
             writer.close()
             gc.collect()
