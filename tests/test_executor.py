@@ -225,7 +225,7 @@ def test_max_tasks_per_child() -> None:
         JobserverExecutor(1, "fork", max_tasks_per_child=1)
     with JobserverExecutor(1, max_tasks_per_child=1) as executor:
         assert "'spawn'" in repr(executor)
-    with Jobserver("fork", 1) as js, JobserverExecutor(js, max_tasks_per_child=1) as executor:
+    with Jobserver("fork", 1, max_tasks_per_child=1) as js, JobserverExecutor(js) as executor:
         pids = [executor.submit(os.getpid).result(PATIENCE) for _ in range(2)]
         assert len(set(pids)) == 2
 
@@ -274,7 +274,7 @@ def test_slots_are_shared(method: str, gate: Gate) -> None:
         assert len(gate.entered()) == 2
         gate.open()
         direct = js.submit(gate.enter)
-        assert len({future.result(PATIENCE) for future in futures}) == 6
+        assert len([future.result(PATIENCE) for future in futures]) == 6
         assert direct.result(PATIENCE)
 
 

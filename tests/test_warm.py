@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from helpers import (
 )
 from marks import by_method
 from warm_jobs import (
+    Bomb,
     close_stdout,
     count_fds,
     do_nothing,
@@ -46,6 +48,7 @@ from warm_jobs import (
     raises,
     receive_all,
     remove_directory_below,
+    replace_environment,
     set_default_timeout,
     use_lock,
     wrap,
@@ -259,6 +262,35 @@ def test_unpicklable_jobs_are_forked() -> None:
         assert run(js, add, 1, 2) == 3
 
 
+def define(monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
+    """Define a thing in the main module, as a line in an interactive session does."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, names)
+    thing = names["thing"]
+    monkeypatch.setattr(sys.modules["__main__"], "thing", thing, raising=False)
+    return thing
+
+
+@pytest.mark.contract("W4", "W1")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_definitions_after_the_fork(tasks: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under fork a job calls what its names stand for at submission, also in a warm worker."""
+    with Jobserver("fork", 1, max_tasks_per_child=tasks) as js:
+        run(js, pid)
+        first = define(monkeypatch, "def thing(): return 'first', __import__('os').getpid()")
+        workers = [run(js, first) for _ in range(3)]
+        second = define(monkeypatch, "def thing(): return 'second', __import__('os').getpid()")
+        workers += [run(js, second) for _ in range(3)]
+        assert [name for name, _ in workers] == ["first"] * 3 + ["second"] * 3
+        if tasks is None:
+            assert len({worker for _, worker in workers}) == 2
+        kind = define(monkeypatch, "class thing: value = 3")
+        assert run(js, getattr, kind(), "value") == 3
+        mapped = define(monkeypatch, "def thing(n): return n * 7")
+        assert list(js.map(mapped, [(1,), (2,)])) == [7, 14]
+        assert list(js.map(functools.partial(mapped, 3), [()])) == [21]
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_unpicklable_jobs_are_refused(method: str) -> None:
     """Without fork such a job is refused, and the worker at rest goes on resting."""
@@ -329,6 +361,17 @@ def test_closed_stdout_ends_the_worker(method: str) -> None:
         assert run(js, pid) != worker
 
 
+@pytest.mark.contract("W1", "W2")
+def test_environment_replaced(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a job nor the program that replaces os.environ itself fails for that."""
+    with warm(method) as js:
+        worker = run(js, replace_environment)
+        assert run(js, pid) != worker
+        monkeypatch.setattr(os, "environ", {**os.environ, "JOBSERVER_T": "mine"})
+        assert run(js, getenv, "JOBSERVER_T") == ["mine"]
+        assert run(js, getenv, "JOBSERVER_T") == ["mine"]
+
+
 @pytest.mark.contract("W1")
 def test_default_timeout_of_sockets(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A default timeout for sockets, set here or by a job, is not one for workers at rest."""
@@ -386,6 +429,8 @@ def test_descriptors_do_not_grow(method: str) -> None:
             reader, writer = multiprocessing.Pipe()
             run(js, identity, 1)
             run(js, count_fds, js, reader, writer)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                run(js, identity, Bomb("exception", "unpickling", 0), reader)
             reader.close()
             writer.close()
             gc.collect()

@@ -53,6 +53,12 @@ def remove_directory_below(directory: str) -> int:
     return os.getpid()
 
 
+def replace_environment() -> int:
+    """Put a plain mapping in the place of os.environ."""
+    os.environ = dict(os.environ)  # type: ignore[assignment]  # noqa: B003
+    return os.getpid()
+
+
 def do_nothing() -> None:
     """A plain preexec_fn."""
 

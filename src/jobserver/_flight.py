@@ -30,7 +30,8 @@ class Started(NamedTuple):
     ``exit_status`` tells the exit code once the process has ended, None when nobody knows.
     The rest is about a worker that may be given more jobs: ``told`` is what it knows of this
     process's surroundings (None for one that ends with its first job), ``stays`` how long it may,
-    ``bell`` the one it was born with, ``first`` what it has run before its first job.
+    ``bell`` the one it was born with, ``first`` what it has run before its first job, ``born`` its
+    number among the forked ones.
     """
 
     pid: int
@@ -41,6 +42,7 @@ class Started(NamedTuple):
     stays: Optional[Stays] = None
     bell: int = -1
     first: Optional[object] = None
+    born: int = 0
 
     def kill(self) -> None:
         """End a worker that nobody will track, and close what belongs to it."""
@@ -65,6 +67,7 @@ class Flight:
         "_started",
         "_unwatch",
         "bell",
+        "born",
         "channel",
         "detail",
         "exitcode",
@@ -101,6 +104,7 @@ class Flight:
         self.told: Optional[dict[str, Any]] = started.told
         self.bell: int = started.bell
         self.first: Optional[object] = started.first
+        self.born: int = started.born
         if started.told is not None:
             self.sock = adopt(started.channel)
             self.known = lease

@@ -25,6 +25,7 @@ from jobserver._worker._process import Identity, report
 from jobserver._worker._stay import Habitat, Stays, variables
 from jobserver._worker._task import Task
 
+from . import _births
 from ._hand_over import hand_over
 from ._pickling import pickle_task
 from ._prep import watched
@@ -52,7 +53,9 @@ class ForkLauncher:
         identity = Identity(parent)
         own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
         told = next_jobs = None
+        born = 0
         if stays is not None:
+            born = _births.birth(prepared)
             told = watched()
             habitat = Habitat(variables(), told["dir"])
             next_jobs = Next(writer, stays, habitat, seat.place, seat.bell)
@@ -88,6 +91,7 @@ class ForkLauncher:
             stays,
             seat.bell,
             prepared.first,
+            born,
         )
 
     def deliver(self, prepared: Task, seat: Seat, started: Started) -> None:
@@ -95,6 +99,8 @@ class ForkLauncher:
 
     def hand_over(self, prepared: Task, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
         """Send the task to a worker that waits for one, if it can be pickled."""
+        if _births.younger(prepared, worker.born):
+            return False
         if worker.first is not None and worker.first is prepared.first:
             prepared = prepared._replace(first=None)
         try:

@@ -69,7 +69,8 @@ def _signs() -> tuple[Any, ...]:
         here: Optional[str] = os.getcwd()
     except OSError:
         here = None
-    return environ._data, sys.path, sys.argv, here, process.current_process().authkey
+    data = getattr(environ, "_data", environ)  # the latter if the program has replaced it
+    return data, sys.path, sys.argv, here, process.current_process().authkey
 
 
 _watched = _Watched()

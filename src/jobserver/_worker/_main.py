@@ -102,7 +102,11 @@ class Worker:
         if self._next is None or answer.kind == DIED:
             return False
         finish_jobs()
-        if not self._next.tidy():
+        try:
+            tidied = self._next.tidy()
+        except Exception:  # noqa: BLE001  # the job has replaced os.environ, say
+            return False
+        if not tidied:
             return False
         flush_streams()
         return True

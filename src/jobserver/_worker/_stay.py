@@ -144,7 +144,7 @@ class Habitat:
 def variables() -> dict[bytes, bytes]:
     """Return the variables of the environment, encoded."""
     environ: Any = os.environ
-    return dict(environ._data)
+    return dict(getattr(environ, "_data", environ))  # else the program has replaced it
 
 
 def _streams_closed() -> bool:
