@@ -344,3 +344,35 @@ def test_recipe_without_plus(make: Tool, tmp_path: Path) -> None:
     assert out == ("PoolDisabled\n" if style else "DescriptorsClosed\n")
     if style:
         assert run_make(make, tmp_path, makefile, "-j3")[0] == "3\n"
+
+
+KILLED = """\
+import os, signal, sys
+from jobserver import Jobserver
+import helpers, pathlib
+js = Jobserver.from_env(sys.argv[1])
+if __name__ == "__main__":
+    gate = helpers.Gate(pathlib.Path(sys.argv[2]))
+    futures = [js(gate.enter) for _ in range(4)]
+    gate.await_entered(4)
+    if sys.argv[3] == "all":
+        for future in futures:
+            future._send(signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.contract("J6")
+@each_make()
+@pytest.mark.parametrize("who", ["all", "root"])
+def test_killed_below_make(make: Tool, who: str, tmp_path: Path, gate: Gate) -> None:
+    """After a SIGKILL of a program below make, and of its workers, make has all its tokens."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    makefile = (
+        f"all:\n\t+@$(PYTHON) killed.py fork {gate.directory} {who} || mkdir {gate.directory}/open"
+    )
+
+    _, err = run_make(make, tmp_path, makefile + "\n", "-j6")
+
+    assert "INTERNAL" not in err
+    assert "Killed" in err

@@ -43,6 +43,8 @@ class SlotPool:
         self.sections: list[Section] = sections
         # The first section of a joined pool holds the implicit slot of this process tree.
         self.joined = joined
+        # In the process that has joined an outer pool: what its janitor waits for; -1 before.
+        self._janitor: Optional[int] = None
         self.held_fds: set[int] = set()
         self.key: tuple[int, int] = _identity(sections[0].pipe)
         _forking.track(self)
@@ -103,7 +105,9 @@ class SlotPool:
             for fd in opened:
                 os.close(fd)
             raise
-        return cls(slots, sections, joined=True)
+        pool = cls(slots, sections, joined=True)
+        pool._janitor = -1
+        return pool
 
     def shared_pipe(self) -> int:
         """Return the pipe to offer to commands: of several, that with the most free tokens."""
@@ -128,6 +132,8 @@ class SlotPool:
             OSError: No descriptor is left for the lease.
         """
         for section in self.sections:
+            if self._janitor == -1 and section is not self.sections[0]:
+                self._start_janitor(section)
             for patience in range(PATIENCE, -1, -1):
                 with _forking.books_lock():  # no fork between the opening and the noting
                     taken = section.take(seat=seat)
@@ -147,6 +153,20 @@ class SlotPool:
                     break
                 return Lease(self, -1, -1, section, token)
         return None
+
+    def _start_janitor(self, outer: Section) -> None:
+        if not waiting_bytes(outer.pipe):
+            return
+        from ._janitor import start
+
+        with _forking.books_lock():
+            if self._janitor is None:
+                return  # another thread is at it
+            self._janitor = None
+        try:
+            self._janitor = start(outer.pipe, outer.berths)
+        except OSError:
+            return  # no process is left for it: what this one holds is lost if it is killed
 
     def reserve(self) -> Optional[Lease]:
         """Take a seat without a token, in the first section that has one, or return None."""
@@ -174,6 +194,7 @@ class SlotPool:
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
         """Close the leases that only the parent holds; its Lease objects become inert here."""
+        self._janitor = None  # the parent's
         fds, self.held_fds = self.held_fds, set()
         for fd in fds - passed:
             os.close(fd)
@@ -186,6 +207,9 @@ class SlotPool:
     def close(self) -> None:
         """Close this process's descriptors. Leases already taken can no longer be released."""
         sections, self.sections = self.sections, []
+        janitor, self._janitor = self._janitor, None
+        if janitor is not None and janitor >= 0:
+            _forking.close(janitor)
         for section in sections:
             for fd in (section.pipe, *section.berths):
                 os.close(fd)
