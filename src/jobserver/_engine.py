@@ -315,7 +315,7 @@ class Engine:
         try:
             with call.handed_over():
                 job = self._shared.start(
-                    self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
+                    self._task(call), [lease], lends=self.jobserver._lend, sink=self._sink
                 )
         except BaseException as error:  # noqa: BLE001
             promise.resolve(None, of_start(error))
