@@ -191,7 +191,7 @@ class Admission:
                 reactor.put_back(lease)
                 return
             reactor.dismiss(lease)  # it may have heard part of the job
-        with reactor.lock:
+        with deferred(), reactor.lock:
             own = current_slot(reactor.slots)
             if own.lent and own.attach(reactor.slots):
                 own.lease = lease
@@ -218,7 +218,7 @@ class Admission:
 
         # The slot of a child goes to the process's own; a thread's comes from the pool.
         claims = int(own is own_slot())
-        with reactor.lock:
+        with deferred(), reactor.lock:
             reactor.starving += claims
         try:
             while own.lease is None:
@@ -229,7 +229,7 @@ class Admission:
                     bell.ring()
         finally:
             bell.hush()
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 reactor.starving -= claims
 
     def wait_for(
@@ -276,7 +276,7 @@ class Admission:
         reactor.reap()
         while True:
             issue_due(reactor)
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 if over():
                     return True
                 lend = can_lend and (self._lends(future) or own.heard())
@@ -304,7 +304,7 @@ class Admission:
             # Somebody below starves: pass it on, or lend again what another thread got back.
             return own.heard() and (own.lease is not None or not bell.rung)
 
-        with reactor.lock:
+        with deferred(), reactor.lock:
             if test():
                 return
             # Of several children the first to end must not bring us a slot to wait on with.
@@ -321,7 +321,7 @@ class Admission:
                 reactor.wait(
                     lambda: test() or heard(), None, target=future, arm=bell.arm(()), tick=tick
                 )
-                with reactor.lock:
+                with deferred(), reactor.lock:
                     mine = own.lend() if heard() and not test() else None
                     if mine is not None:
                         mine.release()
@@ -329,7 +329,7 @@ class Admission:
                     bell.ring()
         finally:
             bell.hush()
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 reactor.claimed -= claimed
             self.regain()
 

@@ -16,6 +16,7 @@ from ._batches import Batches
 from ._callbacks import issuing
 from ._errors import Blocked, CallbackRaised
 from ._future import Future
+from ._signals import deferred
 from ._worker._task import Task
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Run:
         self._next, self._admitted = None, False
         self._batches.submitted(batch, future)
         self._futures[future] = batch
-        with shared.reactor.lock:
+        with deferred(), shared.reactor.lock:
             if future._outcome is None:
                 future._sink = self._ended
             else:

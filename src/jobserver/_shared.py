@@ -102,14 +102,14 @@ class Shared:
 
     def enter(self) -> None:
         """Open a with-block."""
-        with self._lock:
+        with deferred(), self._lock:
             self.refuse_closed()
             self._entered += 1
 
     def exit(self) -> None:
         """Leave a with-block; the last one reaps, drains the callbacks and closes."""
         _forking.settle()
-        with self._lock:
+        with deferred(), self._lock:
             last = self._entered == 1
             self._entered = max(0, self._entered - 1)
         if last:
