@@ -206,7 +206,7 @@ STORM = """
 import os, random, signal, sys
 from pathlib import Path
 from jobserver import Jobserver
-from helpers import Gate, free_slots, identity, nothing, steady_fds
+from helpers import Gate, free_slots, identity, nothing, settle, steady_fds
 
 def storm(js, rounds):
     caught = 0
@@ -226,27 +226,34 @@ def storm(js, rounds):
 def interrupt(signum, frame):
     raise KeyboardInterrupt
 
+def all_fds(js):
+    settle(js)
+    js._shared.reactor.dissolve()
+    return steady_fds(js)
+
 if __name__ == "__main__":
-    method, rounds, seed, directory = sys.argv[1:]
+    method, rounds, seed, directory, tasks = sys.argv[1:]
     random.seed(int(seed))
     signal.signal(signal.SIGALRM, interrupt)
-    js = Jobserver(method, 2)
+    js = Jobserver(method, 2, max_tasks_per_child=None if tasks == "warm" else 1)
     js.submit(nothing).result()
-    before = steady_fds(js)
+    before = all_fds(js)
     assert storm(js, int(rounds)) == int(rounds)
-    grown = steady_fds(js) - before
+    grown = all_fds(js) - before
     print(free_slots(js, Gate(Path(directory))), grown)
 """
 
 
-@pytest.fixture
-def storm(tmp_path: Path, gate: Gate, method: str) -> Callable[[int, int], None]:
+@pytest.fixture(params=["fresh", "warm"])
+def storm(
+    request: pytest.FixtureRequest, tmp_path: Path, gate: Gate, method: str
+) -> Callable[[int, int], None]:
     """Runs the storm: so many rounds, from a seed."""
 
     def run(rounds: int, seed: int) -> None:
         script = tmp_path / "program.py"
         script.write_text(STORM)
-        arguments = [str(script), method, str(rounds), str(seed), gate.directory]
+        arguments = [str(script), method, str(rounds), str(seed), gate.directory, request.param]
         done = run_program(arguments, timeout=300)
         assert (done.stdout, done.stderr) == ("2 0\n", "")
 

@@ -27,6 +27,7 @@ from helpers import (
 )
 
 from jobserver import Blocked, Jobserver, _callbacks
+from jobserver._admission import Admission
 from jobserver._reactor import Reactor
 from jobserver._signals import deferred
 from jobserver._slots._pool import SlotPool
@@ -109,6 +110,25 @@ def test_slot_that_was_just_taken_is_free_in_the_handler(
         assert js.submit(nothing, timeout=0).wait(PATIENCE)
     settle(js)
     assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_slot_between_taking_and_starting(
+    tasks: int | None, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted when the slot is taken and the job not begun, submit gives both back at once."""
+    with Jobserver("fork", 1, max_tasks_per_child=tasks) as js:
+        js.submit(nothing).wait(PATIENCE)
+        for _ in range(2):
+            with interrupted_after(monkeypatch, Admission, "take") as caught:
+                js.submit(nothing)
+            try:
+                raise caught.value
+            except Interrupted:
+                assert js.submit(nothing, timeout=0).wait(PATIENCE)
+        settle(js)
+        assert free_slots(js, gate) == 1
 
 
 @pytest.mark.contract("S18", "N5")

@@ -80,16 +80,20 @@ class Admission:
 
     def take(
         self,
+        taken: list[Lease],
         deadline: Optional[float],
         until: Optional[Future[Any]] = None,
         early: Optional[Callable[[], bool]] = None,
-    ) -> Optional[Lease]:
+    ) -> None:
         """
         Wait for a slot for a child; a job without a deadline lends its own if there is no other.
 
         Args:
+            taken: Where to put it: the caller's, who gives back what is there if anything is raised
+                before somebody else has it. Ctrl-C could come between two bytecodes, so that what
+                is returned would be nobody's.
             deadline: The ``time.monotonic`` instant at which to give up.
-            until: Give up as well, returning None, when this future is done.
+            until: Give up as well, taking nothing, when this future is done.
             early: Likewise, when this says so; it is asked at each tick.
 
         Raises:
@@ -99,14 +103,9 @@ class Admission:
         reactor, slots = self.reactor, self.reactor.slots
         own = current_slot(slots)
         crew = reactor.crew
-        taken: list[Lease] = []
-        try:
-            self._take_free(taken, until)
-            if taken:
-                return taken.pop()
-        except BaseException:
-            self._give_all_back(taken)
-            raise
+        self._take_free(taken, until)
+        if taken:
+            return
         lends = deadline is None and own.attach(slots)
         bell = Bell(own)
 
@@ -147,17 +146,12 @@ class Admission:
                     tick=TICK,
                     on_tick=slots.sweep,
                 ):
-                    if taken:
-                        return taken.pop()
-                    if over():
-                        return None
+                    if taken or over():
+                        return
                     if not self.callbacks_due():
                         bell.ring()
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
-        except BaseException:
-            self._give_all_back(taken)
-            raise
         finally:
             bell.hush()
 
@@ -171,10 +165,12 @@ class Admission:
                     taken.append(lease)
             reactor.crew.unload()
 
-    def _give_all_back(self, taken: list[Lease]) -> None:
-        # Ctrl-C comes as the wait ends. What is in hand must not stay with the traceback.
-        while taken:
-            self.give_back(taken.pop(), unheard=True)
+    def give_all_back(self, taken: list[Lease], *, unheard: bool = False) -> None:
+        """Return what is still there of what ``take`` has put there."""
+        with deferred():
+            while taken:
+                self.give_back(taken.pop(), unheard=unheard)
+            self.reactor.unload()
 
     def refuse_closed(self) -> None:
         """Raise RuntimeError if closed."""
@@ -195,7 +191,7 @@ class Admission:
                 reactor.put_back(lease)
                 return
             reactor.dismiss(lease)  # it may have heard part of the job
-        with reactor.lock:
+        with deferred(), reactor.lock:
             own = current_slot(reactor.slots)
             if own.lent and own.attach(reactor.slots):
                 own.lease = lease
@@ -222,7 +218,7 @@ class Admission:
 
         # The slot of a child goes to the process's own; a thread's comes from the pool.
         claims = int(own is own_slot())
-        with reactor.lock:
+        with deferred(), reactor.lock:
             reactor.starving += claims
         try:
             while own.lease is None:
@@ -233,7 +229,7 @@ class Admission:
                     bell.ring()
         finally:
             bell.hush()
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 reactor.starving -= claims
 
     def wait_for(
@@ -280,7 +276,7 @@ class Admission:
         reactor.reap()
         while True:
             issue_due(reactor)
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 if over():
                     return True
                 lend = can_lend and (self._lends(future) or own.heard())
@@ -308,7 +304,7 @@ class Admission:
             # Somebody below starves: pass it on, or lend again what another thread got back.
             return own.heard() and (own.lease is not None or not bell.rung)
 
-        with reactor.lock:
+        with deferred(), reactor.lock:
             if test():
                 return
             # Of several children the first to end must not bring us a slot to wait on with.
@@ -325,7 +321,7 @@ class Admission:
                 reactor.wait(
                     lambda: test() or heard(), None, target=future, arm=bell.arm(()), tick=tick
                 )
-                with reactor.lock:
+                with deferred(), reactor.lock:
                     mine = own.lend() if heard() and not test() else None
                     if mine is not None:
                         mine.release()
@@ -333,7 +329,7 @@ class Admission:
                     bell.ring()
         finally:
             bell.hush()
-            with reactor.lock:
+            with deferred(), reactor.lock:
                 reactor.claimed -= claimed
             self.regain()
 

@@ -12,6 +12,7 @@ from typing import Any, Callable, ContextManager, NamedTuple, Optional
 
 from ._check import check_pause
 from ._promise import Promise
+from ._signals import deferred
 from ._worker._ledger import Ledger
 
 
@@ -52,22 +53,22 @@ class Backlog:
 
     def add(self, promise: Promise[Any], call: Call) -> None:
         """Put a call at the end."""
-        with self.lock:
+        with deferred(), self.lock:
             self._calls[promise] = call
 
     def remove(self, promise: Promise[Any]) -> bool:
         """Take a promise out, wherever it is; False if somebody else has."""
-        with self.lock:
+        with deferred(), self.lock:
             return self._calls.pop(promise, None) is not None
 
     def cut(self, keep: int) -> list[Promise[Any]]:
         """Take out all but the first ``keep``; the first of these is the last returned."""
-        with self.lock:
+        with deferred(), self.lock:
             return [self._calls.popitem()[0] for _ in range(len(self._calls) - keep)]
 
     def first(self) -> Optional[Promise[Any]]:
         """Return the next promise."""
-        with self.lock:
+        with deferred(), self.lock:
             return next(iter(self._calls), None)
 
     def head(self) -> Optional[Promise[Any]]:
@@ -89,7 +90,7 @@ class Backlog:
     def take(self) -> Optional[tuple[Promise[Any], Call]]:
         """Take out the next call and make it running; None if there is none that may run."""
         while True:
-            with self.lock:
+            with deferred(), self.lock:
                 head = next(iter(self._calls), None)
                 if head is None or not head.admitted:
                     return None

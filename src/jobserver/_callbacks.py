@@ -88,13 +88,13 @@ def _next(here: _Issuing, reactor: Optional[Reactor]) -> Optional[Future[Any]]:
         return here.later.popleft()
     if reactor is None:
         return None
-    with reactor.lock:
+    with deferred(), reactor.lock:
         return reactor.ready.popleft() if reactor.ready else None
 
 
 def _queue(future: Future[Any], *, first: bool = False) -> None:
     reactor = future._reactor
-    with reactor.lock:
+    with deferred(), reactor.lock:
         if future._callbacks:
             (reactor.ready.appendleft if first else reactor.ready.append)(future)
 
@@ -105,7 +105,7 @@ def _issue_of(future: Future[Any]) -> None:
     mine = False
     try:
         while True:
-            with lock:
+            with deferred(), lock:
                 if future._issuing and not mine:
                     return
                 mine = future._issuing = True

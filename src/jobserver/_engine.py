@@ -88,11 +88,11 @@ class Engine:
     def submit(self, call: Call, *, more: bool = False) -> Promise[Any]:
         """Queue a call; ``more`` of what was accepted before is accepted until it is cancelled."""
         self.refuse_foreign()
-        with self._starting:
+        with deferred(), self._starting:
             promise: Promise[Any] = Promise(self)
             wakeup = self._wakeup or Wakeup(self._shared.reactor)
             try:
-                with self._backlog.lock:
+                with deferred(), self._backlog.lock:
                     self._refuse(more=more and threading.current_thread() is self._thread)
                     self._wakeup = wakeup
                     alone = not self._backlog
@@ -152,7 +152,7 @@ class Engine:
             return
         dropped = []
         keep = self._free() if cancel and start else 0
-        with self._backlog.lock:
+        with deferred(), self._backlog.lock:
             self.stopping = True
             if cancel:
                 self.cancelling = True
@@ -166,14 +166,14 @@ class Engine:
             dropped.pop().drop()
 
     def _free(self) -> int:
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             return 0 if self._shared.closed else self._shared.slots.free()
 
     def join(self) -> None:
         """Wait for the thread to end; does nothing on that thread itself."""
         if self._is_foreign():
             return
-        with self._starting:
+        with deferred(), self._starting:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             with self.awaiting(self):
@@ -195,7 +195,7 @@ class Engine:
         if self._is_foreign():
             return
         self._signal = number
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             jobs = list(self._running)
         for job in jobs:
             job._send(number)
@@ -299,7 +299,7 @@ class Engine:
         head = self._backlog.head()
         if head is None or not head.admitted or self._shared.closed:
             return None
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             try:
                 return self._shared.reactor.crew.try_take()
             except OSError:  # there is no descriptor for it; who waits for a slot tells
@@ -315,12 +315,12 @@ class Engine:
         try:
             with call.handed_over():
                 job = self._shared.start(
-                    self._task(call), lease, lends=self.jobserver._lend, sink=self._sink
+                    self._task(call), [lease], lends=self.jobserver._lend, sink=self._sink
                 )
         except BaseException as error:  # noqa: BLE001
             promise.resolve(None, of_start(error))
             return
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             self._running[job] = promise
             promise.job = job
             self._patience.started(promise)
@@ -337,7 +337,7 @@ class Engine:
     def _complete(self, job: Future[Any]) -> None:
         # A very short job may be in the sink before `start` has returned; that is this thread, so
         # it is in `_running` by the time the sink is looked at.
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             promise = self._running.pop(job)
             if promise is not None:
                 self._patience.ended(promise)
@@ -361,9 +361,9 @@ class Engine:
 
     def _break(self, why: str, error: Optional[BaseException]) -> None:
         """Fail everything. The thread goes on until the workers are gone."""
-        with self._backlog.lock:
+        with deferred(), self._backlog.lock:
             self.broken = why
-        with self._shared.reactor.lock:
+        with deferred(), self._shared.reactor.lock:
             running = list(self._running.items())
             self._running = dict.fromkeys(self._running)
             for _, promise in running:

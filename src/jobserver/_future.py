@@ -12,6 +12,7 @@ from . import _forking
 from ._callbacks import issue_now
 from ._check import check_callable, deadline_of
 from ._errors import Blocked
+from ._signals import deferred
 
 if TYPE_CHECKING:
     from ._admission import Admission
@@ -124,7 +125,7 @@ class Future(Generic[T]):
         """
         check_callable("fn", fn)
         _forking.settle()
-        with self._reactor.lock:
+        with deferred(), self._reactor.lock:
             seqno = self._seqno
             self._seqno += 1
             self._callbacks.append((seqno, fn, args, kwargs))
@@ -137,7 +138,7 @@ class Future(Generic[T]):
         _forking.settle()
         # Checked first, so that a bad number is told also when the job has ended.
         number = _signal.Signals(number) if number in _NAMED else _check_realtime(number)
-        with self._reactor.lock:
+        with deferred(), self._reactor.lock:
             flight = self._reactor.running.get(self)
             if flight is not None:
                 flight.send_signal(number)
@@ -156,7 +157,7 @@ class Future(Generic[T]):
 
     def __repr__(self) -> str:
         _forking.settle()
-        with self._reactor.lock:
+        with deferred(), self._reactor.lock:
             flight = self._reactor.running.get(self)
             state = "running" if self._outcome is None else "done"
             pid = None if flight is None else flight.pid

@@ -144,7 +144,7 @@ class Resting:
         held = held_here(self._shared.slots)
         if held is not None:
             self._rests = True
-            with self._shared.reactor.lock:
+            with deferred(), self._shared.reactor.lock:
                 lease = held.lend()
                 if lease is not None:
                     lease.release()

@@ -26,6 +26,7 @@ from ._inputs import Inputs
 from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
 from ._slots._announce import check_style
+from ._slots._lease import Lease
 from ._worker._task import Task
 
 T = TypeVar("T")
@@ -192,16 +193,20 @@ class Jobserver(Commands):
         deadline = deadline_of(timeout)
         shared = self._shared
         shared.refuse_closed()
-        shared.admission.reap(keep=True)
         gate = self._sleep_fn if sleep_fn is None else sleep_fn
-        if gate is not None:
-            shared.admission.gate(gate, deadline)
-        lease = None
-        if consume:
-            lease = shared.admission.take(deadline)
-        else:
-            shared.reactor.unload()
-        return shared.start(task, lease, lends=self._lend)
+        taken: list[Lease] = []
+        try:
+            shared.admission.reap(keep=True)
+            if gate is not None:
+                shared.admission.gate(gate, deadline)
+            if consume:
+                shared.admission.take(taken, deadline)
+            else:
+                shared.reactor.unload()
+            return shared.start(task, taken, lends=self._lend)
+        except BaseException:
+            shared.admission.give_all_back(taken, unheard=True)
+            raise
 
     def _worker_side(
         self, env: Optional[Env], preexec_fn: Optional[PreexecFn]

@@ -16,10 +16,12 @@ from ._batches import Batches
 from ._callbacks import issuing
 from ._errors import Blocked, CallbackRaised
 from ._future import Future
+from ._signals import deferred
 from ._worker._task import Task
 
 if TYPE_CHECKING:
     from ._shared import Shared
+    from ._slots._lease import Lease
 
 
 class _Late(Exception):
@@ -182,7 +184,6 @@ class Run:
         shared, plan, batch = self._shared, self._plan, self._next
         assert batch is not None  # noqa: S101
         shared.refuse_closed()
-        shared.admission.reap(keep=True)
         until, early = None, None
         if head is not None and head.running:
             # Its results are yielded first, then we try again.
@@ -191,21 +192,27 @@ class Run:
             task = Task(*self._batches.parts(batch), plan.env, plan.preexec_fn)
         except OSError as error:
             raise _NoLedger(error) from None
-        with contextlib.nullcontext() if batch.ledger is None else batch.ledger.handed_over():
-            try:
-                if plan.sleep_fn is not None and not self._admitted:
-                    shared.admission.gate(plan.sleep_fn, deadline)
-                    self._admitted = True
-                lease = shared.admission.take(deadline, until, early)
-            except Blocked:
-                raise _Late from None
-            if lease is None:
-                return
-            future = shared.start(task, lease, lends=plan.lends)
+        taken: list[Lease] = []
+        try:
+            shared.admission.reap(keep=True)
+            with contextlib.nullcontext() if batch.ledger is None else batch.ledger.handed_over():
+                try:
+                    if plan.sleep_fn is not None and not self._admitted:
+                        shared.admission.gate(plan.sleep_fn, deadline)
+                        self._admitted = True
+                    shared.admission.take(taken, deadline, until, early)
+                except Blocked:
+                    raise _Late from None
+                if not taken:
+                    return
+                future = shared.start(task, taken, lends=plan.lends)
+        except BaseException:
+            shared.admission.give_all_back(taken, unheard=True)
+            raise
         self._next, self._admitted = None, False
         self._batches.submitted(batch, future)
         self._futures[future] = batch
-        with shared.reactor.lock:
+        with deferred(), shared.reactor.lock:
             if future._outcome is None:
                 future._sink = self._ended
             else:

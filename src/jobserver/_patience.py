@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from ._holding import Resting
+from ._signals import deferred
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 
@@ -57,7 +58,7 @@ class Patience:
 
     def begin(self, target: object) -> bool:
         """Note that a thread waits for ``target``; False outside of jobs on this pool."""
-        with self.shared.reactor.lock:
+        with deferred(), self.shared.reactor.lock:
             own = own_slot()
             if not own.attach(self.shared.slots):
                 return False
@@ -77,7 +78,7 @@ class Patience:
             Whether others still wait, who may have to lend it again.
         """
         reactor = self.shared.reactor
-        with reactor.lock:
+        with deferred(), reactor.lock:
             count = self._counts.pop(target, 0) - 1
             job = getattr(target, "job", None)
             if count > 0:

@@ -71,7 +71,7 @@ class Reactor:
     def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
         """Track a job that has just been started."""
         flight = Flight(started, lease, self.poller.unwatch, future)
-        with self.lock:
+        with deferred(), self.lock:
             try:
                 self.poller.watch(flight.channel, flight)
                 if flight.pidfd >= 0:
@@ -86,7 +86,7 @@ class Reactor:
 
     def assign(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
         """Track a job that has been sent to a worker that had run others; it may have ended."""
-        with self.lock:
+        with deferred(), self.lock:
             lease.worker = None
             flight.let_go()
             seat, flight.seat, flight.known = flight.seat, None, lease
@@ -102,7 +102,7 @@ class Reactor:
 
     def dismiss(self, lease: Lease) -> None:
         """Let the worker end that was in the hand of this thread, with ``lease``."""
-        with self.lock:
+        with deferred(), self.lock:
             flight, lease.worker = lease.worker, None
             if flight is not None:
                 flight.let_go()
@@ -119,7 +119,7 @@ class Reactor:
 
     def put_back(self, lease: Lease) -> None:
         """Let the worker rest again that was in the hand of this thread, with ``lease``."""
-        with self.lock:
+        with deferred(), self.lock:
             flight, lease.worker = lease.worker, None
             flight.let_go()
             gone = flight.channel < 0 or flight.exited or self.closed
@@ -131,13 +131,13 @@ class Reactor:
 
     def dissolve(self) -> None:
         """Let all workers at rest end."""
-        with self.lock:
+        with deferred(), self.lock:
             self._dissolve()
 
     def unload(self) -> None:
         """Put back the tokens that workers at rest still have."""
         if self.crew:
-            with self.lock:
+            with deferred(), self.lock:
                 self.crew.unload()
 
     def _dissolve(self) -> None:
@@ -368,7 +368,7 @@ class Reactor:
 
     def disarm(self, fd: int) -> None:
         """Forget an armed descriptor that is about to be closed."""
-        with self.lock:
+        with deferred(), self.lock:
             self.forget(fd)
 
     def forget(self, fd: int) -> None:
@@ -411,7 +411,7 @@ class Reactor:
 
     def close(self) -> None:
         """Take no more work; let go of all descriptors once the last job in flight has ended."""
-        with self.lock:
+        with deferred(), self.lock:
             self.closed = True
             self._dissolve()
             self._release()

@@ -102,14 +102,14 @@ class Shared:
 
     def enter(self) -> None:
         """Open a with-block."""
-        with self._lock:
+        with deferred(), self._lock:
             self.refuse_closed()
             self._entered += 1
 
     def exit(self) -> None:
         """Leave a with-block; the last one reaps, drains the callbacks and closes."""
         _forking.settle()
-        with self._lock:
+        with deferred(), self._lock:
             last = self._entered == 1
             self._entered = max(0, self._entered - 1)
         if last:
@@ -132,18 +132,28 @@ class Shared:
     def start(
         self,
         task: Task,
-        lease: Optional[Lease],
+        taken: list[Lease],
         *,
         lends: bool,
         sink: Optional[deque[Future[Any]]] = None,
     ) -> Future[Any]:
-        """Launch a worker on ``lease``, which goes back where it came from if that fails."""
-        future: Future[Any] = Future(self.admission, lends=lends)
-        future._sink = sink
-        own = current_slot(self.slots)
-        lent = lease is not None and own.lent
+        """
+        Launch a worker, or give the job to one that is at rest.
+
+        Args:
+            task: The job.
+            taken: The slot for it, or nothing. It is taken out of there; if that fails it goes back
+                where it came from.
+            lends: Whether a wait for it lends.
+            sink: Where the future is put when it is done.
+        """
         unheard = True
         try:
+            lease = taken[0] if taken else None
+            future: Future[Any] = Future(self.admission, lends=lends)
+            future._sink = sink
+            own = current_slot(self.slots)
+            lent = lease is not None and own.lent
             prepared = self.launcher.prepare(task)
             unheard = False
             with deferred() as signals:
@@ -153,10 +163,9 @@ class Shared:
                     started = self.launcher.launch(prepared, seat, stays)
                     self._track(future, prepared, seat, started, lease, signals)
                 # The job's from now on, also when Ctrl-C comes out of this block.
-                lease = None
+                taken.clear()
         except BaseException:
-            if lease is not None:
-                self.admission.give_back(lease, unheard=unheard)
+            self.admission.give_all_back(taken, unheard=unheard)
             raise
         # An executor's thread has nothing to go on with: who waits for its futures regains.
         if lent and sink is None:

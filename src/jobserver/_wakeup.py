@@ -29,7 +29,7 @@ class Wakeup:
         self.rung = False
         self._reactor = reactor
         self._lock = threading.RLock()
-        with reactor.lock:
+        with deferred(), reactor.lock:
             reactor.poller.get()  # so that the thread need not find a descriptor for it
         self._fd = -1
         try:
@@ -47,7 +47,7 @@ class Wakeup:
 
     def ring(self) -> None:
         """Wake the thread, now or when it next waits."""
-        with self._lock:
+        with deferred(), self._lock:
             if not self.rung and self._fd >= 0:
                 try:
                     os.write(self._fd, b"!")
@@ -56,7 +56,7 @@ class Wakeup:
 
     def quiet(self) -> None:
         """Take back all rings so far. Look at what has changed after this, not before."""
-        with self._lock:
+        with deferred(), self._lock:
             if self.rung:
                 self.rung = False
                 with contextlib.suppress(BlockingIOError):  # Ctrl-C hit the ringer before its write
@@ -64,7 +64,7 @@ class Wakeup:
 
     def close(self) -> None:
         """Close the descriptor; to ring does nothing from now on."""
-        with self._lock:
+        with deferred(), self._lock:
             fd, self._fd = self._fd, -1
             self.rung = False
         if fd >= 0:
