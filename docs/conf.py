@@ -28,8 +28,8 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist", "fieldlist"]
 myst_heading_anchors = 3
 nitpicky = True
-# Type variables have no page of their own.
-nitpick_ignore_regex = [("py:(class|obj)", r"(jobserver\._\w+\.)?[A-Z]_?(co)?")]
+# Type variables and aliases have no page of their own.
+nitpick_ignore_regex = [("py:(class|obj)", r"(jobserver\._\w+\.)?([A-Z]_?(co)?|Command)")]
 
 html_theme = "furo"
 html_title = f"jobserver {release}"
