@@ -24,7 +24,7 @@ from jobserver._outcome import RemoteTraceback
 
 
 class Worker:
-    """A running worker, with as much of multiprocessing.Process as the tests use."""
+    """A worker, with as much of multiprocessing.Process as the tests use."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -86,7 +86,7 @@ class ProcessPoolExecutor(JobserverExecutor):
 
     @property
     def _processes(self) -> dict[int, Worker]:
-        """The running workers, once the thread has started all that it can.
+        """The workers, once the thread has started all that it can.
 
         The standard library starts them inside submit.
         """
@@ -98,9 +98,10 @@ class ProcessPoolExecutor(JobserverExecutor):
                 break
             time.sleep(0.01)
         found = {}
-        with engine._shared.reactor.lock:
-            for job in engine._running:
-                flight = engine._shared.reactor.running.get(job)
+        reactor = engine._shared.reactor
+        with reactor.lock:
+            running = [reactor.running.get(job) for job in engine._running]
+            for flight in [*running, *reactor.crew._resting]:
                 if flight is not None:
                     with contextlib.suppress(ProcessLookupError):
                         found[flight.pid] = Worker(flight.pid)

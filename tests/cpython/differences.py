@@ -34,7 +34,6 @@ _ON_DEMAND = (
     "A worker is started for a call, when it has a slot. The test counts workers of calls that"
     " cannot be pickled (spawn, forkserver), or that have not been made (fork)."
 )
-_FRESH = "Each call is made by a fresh worker, so none is left idle or used again."
 _ONE_THREAD = (
     "The test refuses the pool its second thread, and wants it broken. There is no second one:"
     " the call is made (and raises TypeError, as the test gives it too few arguments)."
@@ -46,9 +45,7 @@ DIFFERENCES = {
     "ExecutorDeadlockTest.test_error_at_task_unpickle": Difference(FORK, _NOT_PICKLED),
     "ExecutorDeadlockTest.test_exit_at_task_unpickle": Difference(FORK, _NOT_PICKLED),
     "ExecutorDeadlockTest.test_shutdown_deadlock_pickle": Difference(FORK, _NOT_PICKLED),
-    "ProcessPoolExecutorTest.test_idle_process_reuse_one": Difference(REMOTE, _FRESH),
     "ProcessPoolExecutorTest.test_killed_child": Difference(EVERY, _DEATH),
-    "ProcessPoolExecutorTest.test_max_tasks_per_child": Difference(REMOTE, _FRESH),
     "ProcessPoolExecutorTest.test_python_finalization_error": Difference(EVERY, _ONE_THREAD),
     "ProcessPoolExecutorTest.test_ressources_gced_in_workers": Difference(FORK, _NO_COPY),
     "ProcessPoolExecutorTest.test_saturation": Difference(REMOTE, _ON_DEMAND),
