@@ -102,8 +102,14 @@ def process_state(pid: int) -> str | None:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has run its last instruction (a zombie has)."""
-    return process_state(pid) in (None, "Z", "X")
+    """Whether a process has run its last instruction (a zombie has) and has nothing open."""
+    if process_state(pid) not in (None, "Z", "X"):
+        return False
+    try:
+        # The first thread is a zombie as soon as it has ended, be the others about to end.
+        return len(os.listdir(f"/proc/{pid}/task")) == 1
+    except FileNotFoundError:
+        return True
 
 
 def await_end(pid: int) -> None:

@@ -100,6 +100,7 @@ def test_kinds_of_inputs(batches_of: Callable[[int], None]) -> None:
 
 @pytest.mark.contract("M13")
 @swift
+@pytest.mark.fresh("tells batches apart by their processes")
 def test_cheap_calls_share_workers(method: str) -> None:
     """Calls that cost less than handing them over go together; the first and the last do not."""
     with Jobserver(method, 2) as js:
@@ -113,6 +114,7 @@ def test_cheap_calls_share_workers(method: str) -> None:
 
 
 @pytest.mark.contract("M13")
+@pytest.mark.fresh("tells batches apart by their processes")
 def test_dear_calls_do_not() -> None:
     """Calls that last as long as a batch is to last get a worker each."""
     with Jobserver("fork", 8) as js:
@@ -379,6 +381,7 @@ def test_idle_slots_take_calls_over(
 
 
 @pytest.mark.contract("M13", "M15")
+@pytest.mark.fresh("tells batches apart by their processes")
 def test_a_long_batch_gives_calls_back() -> None:
     """When calls turn out to be slow, a worker gives the rest of its batch back."""
     with Jobserver("fork", 1) as js:

@@ -8,6 +8,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
@@ -438,6 +439,28 @@ def test_descriptors_do_not_grow(method: str) -> None:
             for number in range(30):
                 run(js, identity, number)
         assert counts[1] == counts[2]
+
+
+@pytest.mark.contract("H13", "W1")
+def test_answer_before_the_job_is_tracked(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that two other threads hear of before the submitter has noted the job is kept."""
+    with warm(method) as js:
+        run(js, nothing)
+        reactor, launcher = js._shared.reactor, type(js._shared.launcher)
+        hand_over = launcher.hand_over
+
+        def slowly(self: Any, prepared: Any, seat: Any, worker: Any, **options: Any) -> bool:
+            done = hand_over(self, prepared, seat, worker, **options)
+            poller = select.poll()
+            poller.register(worker.channel, select.POLLIN)
+            events = poller.poll(PATIENCE * 1000)
+            for _ in range(2):
+                with reactor.lock:
+                    reactor._handle(events)
+            return done
+
+        monkeypatch.setattr(launcher, "hand_over", slowly)
+        assert [run(js, identity, number) for number in range(2)] == [0, 1]
 
 
 @pytest.mark.contract("H13", "W1")

@@ -10,7 +10,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
-from helpers import METHODS, PATIENCE, Gate, has_ended, identity, pid, touch, wait_until
+from helpers import METHODS, PATIENCE, Gate, has_ended, identity, pid, settle, touch, wait_until
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -179,8 +179,7 @@ class Life(RuleBasedStateMachine):
                 gate.open()
             for future, _ in self.staying:
                 future.result(PATIENCE)
-            self.js.reclaim_resources()
-            assert "tracked=0" in repr(self.js)
+            settle(self.js)  # of those, too, that nobody holds
             assert self.js._shared.slots.free() == self.slots
             self.stack.close()
 

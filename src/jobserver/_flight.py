@@ -129,6 +129,8 @@ class Flight:
 
     def on_channel(self) -> None:
         """Read from the channel. End-of-file alone is no death: the job may have closed it."""
+        if self.frame is not None:
+            return  # old news: another thread has read the answer, and nothing follows one
         try:
             self.frame = self._reader.feed(self.channel)
         except EOFError:

@@ -98,7 +98,7 @@ class SlotPool:
             others = _open_berths(min(2 * slots + _MARGIN, _budget()), opened)
             sections = [
                 Section(opened[1], own, _seats(own, 1) if warm else 0),
-                Section(outer.fd, others, _seats(others, slots) if warm else 0),
+                Section(outer.fd, others, _seats(others, slots - 1) if warm else 0),
             ]
             write_all(opened[1], b"+")
         except OSError:
