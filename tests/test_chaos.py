@@ -124,6 +124,7 @@ def chaos(directory: Path, kills: int, seed: int) -> None:
     chance = random.Random(seed)
     with Jobserver("fork", SLOTS) as js:
         sids = [start_client(js, chance.randrange(1 << 30), str(directory)) for _ in range(3)]
+        leaders = set(sids)  # those of their first processes that live
         try:
             for count in range(kills):
                 time.sleep(chance.random() * 0.01)
@@ -132,22 +133,25 @@ def chaos(directory: Path, kills: int, seed: int) -> None:
                 victim = chance.choice(members) if members else sids[number]
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
-                if victim == sids[number]:
+                if victim == sids[number] and victim in leaders:
+                    leaders.discard(victim)
                     os.waitpid(victim, 0)
                     if chance.random() < 0.5:
                         kill_session(victim)  # else its orphans run on
-                    sids.append(start_client(js, chance.randrange(1 << 30), str(directory)))
-                    if len(sids) > 12:
-                        kill_session(sids[number])
+                    leaders.add(start_client(js, chance.randrange(1 << 30), str(directory)))
+                    sids = [*dict.fromkeys([*sids, *leaders])]
+                    for sid in sids[:-12]:
+                        if sid not in leaders:
+                            kill_session(sid)
                     sids = [sid for sid in sids if session_members(sid)]
                 if count % 20 == 0:
                     with stopped(sids):
                         assert census(js) in ((SLOTS, 0), (SLOTS, 1)), f"seed {seed}"
         finally:
-            for sid in sids:
+            for sid in {*sids, *leaders}:
                 kill_session(sid)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(sid, 0)
+            for leader in leaders:
+                os.waitpid(leader, 0)
         js._shared.slots.sweep()
         assert js._shared.slots.free() == SLOTS, f"seed {seed}"
         tokens = os.read(js._shared.slots.sections[0].pipe, 100)
