@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from foreign import makes
-from helpers import process_state, session_members, wait_until
+from helpers import descendants, has_ended, process_state, wait_until
 
 from jobserver import Jobserver
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SLOTS = 4
+CLIENTS = 3
+CROWD = 25
+PR_SET_CHILD_SUBREAPER = 36
 MAKEFILE = """\
 JOBS = a b c d e f
 .PHONY: all $(JOBS)
@@ -59,49 +63,82 @@ def client(js: Jobserver, seed: int, directory: str) -> None:
 
 
 def start_client(js: Jobserver, seed: int, directory: str) -> int:
-    """Fork a client in a session of its own."""
+    """Fork a client."""
     pid = os.fork()
     if pid == 0:
         try:
-            os.setsid()
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(3):
                 os.dup2(null, fd)
             client(js, seed, directory)
         finally:
             os._exit(1)
-    wait_until(lambda: os.getsid(pid) == pid)
     return pid
 
 
-def kill_session(sid: int) -> None:
-    """Kill all of a session; those it is about to fork, too."""
+@contextlib.contextmanager
+def adopting() -> Iterator[None]:
+    """
+    Be the parent of all orphans below this process, until the end of the block.
+
+    So whom to kill is chosen among this process's own descendants only, never by a number that may
+    have become somebody else's.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def living(before: set[int]) -> list[int]:
+    """The processes below this one that run, but for those that were there before."""
+    family = descendants().items()
+    return sorted(pid for pid, state in family if state not in "ZX" and pid not in before)
+
+
+def reap_orphans(before: set[int]) -> None:
+    """Reap what has ended."""
+    for pid, state in descendants().items():
+        if state in "ZX" and pid not in before:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, unless it has just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_all(before: set[int]) -> None:
+    """Kill every process below this one, and those that they are about to fork."""
     while True:
-        members = session_members(sid)
-        if not members:
+        for pid in living(before):
+            kill(pid)
+        reap_orphans(before)
+        if not set(descendants()) - before:
             return
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
-def stopped(sids: list[int]) -> Iterator[None]:
+def stopped(before: set[int]) -> Iterator[None]:
     """Stop everybody."""
     pids: set[int] = set()
-    while True:
-        found = {pid for sid in sids for pid in session_members(sid)} - pids
-        if not found:
-            break
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-        for pid in found:
-            # D: it waits for a child that it shares its memory with until that has its own, and
-            # which is stopped. What else is in that state stops before its next instruction.
-            wait_until(lambda pid=pid: process_state(pid) in (*"TZXD", None))  # type: ignore[misc]
-        pids |= found
     try:
+        while True:
+            found = set(living(before)) - pids
+            if not found:
+                break
+            pids |= found
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            for pid in found:
+                # D: it waits for a child that it shares its memory with until that has its own,
+                # and which is stopped. Others in that state stop before their next instruction.
+                wait_until(lambda pid=pid: process_state(pid) in (*"TZXD", None))  # type: ignore[misc]
         yield
     finally:
         for pid in pids:
@@ -122,36 +159,32 @@ def chaos(directory: Path, kills: int, seed: int) -> None:
     """Kill so many processes; look at all tokens now and then, and at the end."""
     (directory / "Makefile").write_text(MAKEFILE)
     chance = random.Random(seed)
-    with Jobserver("fork", SLOTS) as js:
-        sids = [start_client(js, chance.randrange(1 << 30), str(directory)) for _ in range(3)]
+    before = set(descendants())
+    with adopting(), Jobserver("fork", SLOTS) as js:
+        clients: set[int] = set()
         try:
             for count in range(kills):
+                clients = {pid for pid in clients if not has_ended(pid)}
+                while len(clients) < CLIENTS:
+                    clients.add(start_client(js, chance.randrange(1 << 30), str(directory)))
                 time.sleep(chance.random() * 0.01)
-                number = chance.randrange(len(sids))
-                members = session_members(sids[number])
-                victim = chance.choice(members) if members else sids[number]
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-                if victim == sids[number]:
-                    os.waitpid(victim, 0)
-                    if chance.random() < 0.5:
-                        kill_session(victim)  # else its orphans run on
-                    sids.append(start_client(js, chance.randrange(1 << 30), str(directory)))
-                    if len(sids) > 12:
-                        kill_session(sids[number])
-                    sids = [sid for sid in sids if session_members(sid)]
+                family = living(before)
+                if len(family) > CROWD:
+                    # Orphans of dead clients run on; not for ever, as there is one machine only.
+                    for pid in set(family) - clients:
+                        kill(pid)
+                kill(chance.choice(family))
+                reap_orphans(before)
                 if count % 20 == 0:
-                    with stopped(sids):
+                    with stopped(before):
                         assert census(js) in ((SLOTS, 0), (SLOTS, 1)), f"seed {seed}"
         finally:
-            for sid in sids:
-                kill_session(sid)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(sid, 0)
+            kill_all(before)
         js._shared.slots.sweep()
         assert js._shared.slots.free() == SLOTS, f"seed {seed}"
-        tokens = os.read(js._shared.slots.sections[0].pipe, 100)
-        os.write(js._shared.slots.sections[0].pipe, tokens)
+        pipe = js._shared.slots.sections[0].pipe
+        tokens = os.read(pipe, 100)
+        os.write(pipe, tokens)
         assert tokens == b"+" * SLOTS
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from foreign import Tool, each_builder, each_make, lay_out
-from helpers import PATIENCE, Gate, identity, touch, wait_until
+from helpers import PATIENCE, Gate, identity, open_fds, touch, wait_until
 from marks import by_method
 
 from jobserver import Blocked, Jobserver
@@ -335,7 +335,7 @@ def test_offered_slots_come_back(
     """What is offered to a command that does not take it is there for others."""
     if blind:
 
-        def refuse(fifo: int) -> int:
+        def refuse(fifo: int, *, spare: int) -> int:
             raise OSError(24, "no inotify instance left")
 
         monkeypatch.setattr(_inotify, "watch", refuse)
@@ -391,6 +391,18 @@ def test_killed_runner(js: Jobserver, gate: Gate) -> None:
 
     wait_until(lambda: js._shared.slots.sweep() or free(js) == 3)
     gate.open()
+
+
+@pytest.mark.contract("K7")
+def test_descriptors_are_as_many_after_many_commands(js: Jobserver) -> None:
+    """The number of descriptors does not grow with the commands run."""
+    counts = set()
+    js.run(["sleep", "0.05"])  # waited for, so what waiting needs is there from now on
+    for _ in range(4):
+        js.run(["true"], capture_output=True)
+        counts.add(len(open_fds()))
+
+    assert len(counts) == 1
 
 
 @pytest.mark.contract("K7")

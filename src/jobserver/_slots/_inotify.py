@@ -20,29 +20,41 @@ _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 _HEADER = struct.Struct("iIII")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Descriptor -> the number of the one watch on it.
+_watches: dict[int, int] = {}
 
 
-def watch(fifo: int, *, closings: bool = False) -> int:
+def watch(fifo: int, *, closings: bool = False, spare: int = -1) -> int:
     """
     Return a descriptor that is readable once something happens to the FIFO behind ``fifo``.
 
     Args:
         fifo: The FIFO.
         closings: Hear of it being opened and closed, rather than opened, read and written.
+        spare: What is left after ``unwatch``, to be used again; -1 for nothing.
 
     Raises:
         OSError: The system gives no more of these.
     """
-    fd: int = _libc.inotify_init1(_FLAGS)
+    fd: int = spare if spare >= 0 else _libc.inotify_init1(_FLAGS)
     if fd < 0:
         raise _error()
+    drain(fd)
     path = f"/proc/self/fd/{fifo}".encode()
     mask = _IN_OPEN | (_IN_CLOSE if closings else _IN_ACCESS | _IN_MODIFY)
-    if _libc.inotify_add_watch(fd, path, mask) < 0:
+    number = _libc.inotify_add_watch(fd, path, mask)
+    if number < 0:
         error = _error()
-        os.close(fd)
+        if spare < 0:
+            os.close(fd)
         raise error
+    _watches[fd] = number
     return fd
+
+
+def unwatch(fd: int) -> None:
+    """Hear of nothing any more. To close the descriptor takes the kernel milliseconds instead."""
+    _libc.inotify_rm_watch(fd, _watches.pop(fd))
 
 
 def drain(fd: int) -> bool:

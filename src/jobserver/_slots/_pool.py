@@ -45,6 +45,8 @@ class SlotPool:
         self.joined = joined
         # In the process that has joined an outer pool: what its janitor waits for; -1 before.
         self._janitor: Optional[int] = None
+        # What ``run`` watches its FIFOs with, from one command to the next; -1 for none.
+        self.spare_watch: int = -1
         self.held_fds: set[int] = set()
         self.key: tuple[int, int] = _identity(sections[0].pipe)
         _forking.track(self)
@@ -194,7 +196,8 @@ class SlotPool:
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
         """Close the leases that only the parent holds; its Lease objects become inert here."""
-        self._janitor = None  # the parent's
+        self._janitor = None  # the parent's, as is this
+        self.spare_watch = -1
         fds, self.held_fds = self.held_fds, set()
         for fd in fds - passed:
             os.close(fd)
@@ -208,8 +211,10 @@ class SlotPool:
         """Close this process's descriptors. Leases already taken can no longer be released."""
         sections, self.sections = self.sections, []
         janitor, self._janitor = self._janitor, None
-        if janitor is not None and janitor >= 0:
-            _forking.close(janitor)
+        spare, self.spare_watch = self.spare_watch, -1
+        for fd in (janitor, spare):
+            if fd is not None and fd >= 0:
+                _forking.close(fd)
         for section in sections:
             for fd in (section.pipe, *section.berths):
                 os.close(fd)

@@ -72,9 +72,11 @@ class Shadow:
         from ._inotify import watch
 
         with _forking.books_lock():
+            spare, self._pool.spare_watch = self._pool.spare_watch, -1
             try:
-                self.watch = watch(self.fifo)
+                self.watch = watch(self.fifo, spare=spare)
             except OSError:
+                self._pool.spare_watch = spare
                 return  # the system has no more of these: it is looked at from time to time
             _forking.owned.add(self.watch)
 
@@ -182,7 +184,19 @@ class Shadow:
     def close(self) -> None:
         """Release the leases and close the descriptors. What the tool has left uses its own."""
         self.release()
-        for fd in (self.fifo, self.watch):
-            if fd >= 0:
-                _forking.close(fd)
-        self.fifo = self.watch = -1
+        fifo, self.fifo = self.fifo, -1
+        watched, self.watch = self.watch, -1
+        if watched >= 0:
+            self._put_away(watched)
+        if fifo >= 0:
+            _forking.close(fifo)
+
+    def _put_away(self, watched: int) -> None:
+        from ._inotify import unwatch
+
+        unwatch(watched)
+        with _forking.books_lock():
+            if self._pool.spare_watch < 0 and not self._pool.closed:
+                self._pool.spare_watch = watched
+                return
+        _forking.close(watched)
