@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from jobserver import Future
 
 # Hypothesis looks for references to its own random numbers, and on Python 3.14 at times finds none.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:It looks like `register_random`:hypothesis.errors.HypothesisWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:It looks like `register_random`:hypothesis.errors.HypothesisWarning"
+    ),
+    pytest.mark.fresh("waits for workers to end"),
+]
 
 #: Seconds without any news from any job, each of which takes milliseconds: a deadlock.
 STALL = 15.0

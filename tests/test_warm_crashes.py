@@ -153,7 +153,8 @@ class Life(RuleBasedStateMachine):
     def kill_resting(self, wait: bool) -> None:
         """A worker at rest is killed; perhaps nobody has noticed when the next job comes."""
         for flight in self.js._shared.reactor.crew._resting[-1:]:
-            os.kill(flight.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # killed before, and reaped by the zygote
+                os.kill(flight.pid, signal.SIGKILL)
             # A job that is handed over while the worker dies is that worker's last one.
             wait_until(lambda pid=flight.pid: has_ended(pid), "the worker to die")  # type: ignore[misc]
         if wait:

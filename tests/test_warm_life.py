@@ -143,8 +143,8 @@ if __name__ == "__main__":
         os._exit(0)
     gate.open()
     busy.result()
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         while end == "wait":
             time.sleep(0.001)
     except KeyboardInterrupt:
