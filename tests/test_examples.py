@@ -82,6 +82,7 @@ def test_promised_questions_are_answered() -> None:
         "executor",
         "gating",
         "killed_worker",
+        "large_data",
         "nesting",
         "parent_death",
         "sharing",
