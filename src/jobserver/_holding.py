@@ -38,6 +38,7 @@ class Holding:
         if timeout is not None:
             check_timeout(timeout)
         self._shared = shared
+        self._canary = shared.canary()  # the pool is in use, also without any other handle
         self._timeout = timeout
         # One for each block that has been entered; None in a block that is inside another one.
         self._held: list[Optional[OwnSlot]] = []

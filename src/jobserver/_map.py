@@ -71,6 +71,7 @@ class Run:
 
     def __init__(self, shared: Shared, plan: Plan, batches: Batches) -> None:
         self._shared = shared
+        self._canary = shared.canary()  # the pool is in use, also without any other handle
         self._plan = plan
         self._batches = batches
         self._futures: dict[Future[Any], Batch] = {}
