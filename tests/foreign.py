@@ -2,7 +2,7 @@
 # Copyright The jobserver authors
 """The build tools that tests start, where they are installed.
 
-Looked for on PATH, and in JOBSERVER_TEST_MAKES and JOBSERVER_TEST_NINJAS: paths of more versions,
+Looked for on PATH, and in JOBSERVER_MAKES and JOBSERVER_NINJAS: paths of more versions,
 separated as in PATH.
 """
 
@@ -46,14 +46,14 @@ def _found(variable: str, names: list[str], directories: str | None = None) -> l
 @functools.cache
 def makes() -> list[Tool]:
     """Each version of GNU make that there is."""
-    found = _found("JOBSERVER_TEST_MAKES", ["make", "gmake", "make-4.4.1"])
+    found = _found("JOBSERVER_MAKES", ["make", "gmake", "make-4.4.1"])
     return [tool for tool in found if "GNU" in tool.text and tool.version >= (4, 2)]
 
 
 @functools.cache
 def ninjas() -> list[Tool]:
     """Each ninja that there is and that knows the jobserver."""
-    found = _found("JOBSERVER_TEST_NINJAS", ["ninja", "ninja-1.13.2"])
+    found = _found("JOBSERVER_NINJAS", ["ninja", "ninja-1.13.2"])
     return [tool for tool in found if tool.version >= (1, 13)]
 
 

@@ -33,8 +33,9 @@ def birth(task: Task) -> int:
 def younger(task: Task, born: int) -> bool:
     """Say whether what a job refers to may be younger than the worker of that number."""
     found = False
-    for thing in (task.fn, *task.args):
-        while type(thing) is partial:
+    things: list[Any] = [task.fn, *task.args]
+    for thing in things:
+        while isinstance(thing, partial):
             thing = thing.func  # noqa: PLW2901
         if getattr(thing, "__module__", None) == "__main__":
             found = _is_younger(thing, born) or found

@@ -28,7 +28,8 @@ import os
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from multiprocessing import context, reduction
+from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple, Optional, Union
 
 from jobserver import _forking
@@ -150,7 +151,7 @@ class Ledger:
         return Records(self.fd, data, at, ends[start:stop])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if context.get_spawning_popen() is None:
+        if get_spawning_popen() is None:
             raise TypeError("a ledger is only for the worker that it was made for")
         return _receive, (reduction.DupFd(self.fd), self.count)
 
