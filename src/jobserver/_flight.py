@@ -108,17 +108,17 @@ class Flight:
         if started.told is not None:
             self.sock = adopt(started.channel)
             self.known = lease
-        self.held = False  # a thread of ours is about to give it a job
-        self.signalled = False  # a signal may still be on its way to the process
-        self.lingers = False  # it is to end, and nobody waits for anything else from it
-        self.pid = started.pid
-        self.pidfd = started.pidfd
-        self.channel = started.channel
-        self.lease = lease
+        self.held: bool = False  # a thread of ours is about to give it a job
+        self.signalled: bool = False  # a signal may still be on its way to the process
+        self.lingers: bool = False  # it is to end, and nobody waits for anything else from it
+        self.pid: int = started.pid
+        self.pidfd: int = started.pidfd
+        self.channel: int = started.channel
+        self.lease: Optional[Lease] = lease
         self.frame: Optional[Frame] = None
         self.exitcode: Optional[int] = None
-        self.exited = False
-        self.detail = ""
+        self.exited: bool = False
+        self.detail: str = ""
         self._started = started
         self._reader = FrameReader()
 

@@ -32,7 +32,7 @@ class Poller:
 
     def __init__(self) -> None:
         self.watched: dict[int, Flight] = {}
-        self.closings = 0  # how often a watched descriptor has been closed
+        self.closings: int = 0  # how often a watched descriptor has been closed
         self._armed: set[int] = set()
         self._epoll: Optional[select.epoll] = None
         self._nudge = -1

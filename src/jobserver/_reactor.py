@@ -62,7 +62,7 @@ class Reactor:
         self.closed: bool = False
         self._dropped = False  # there is no handle any more that could submit
         self.running: dict[Future[Any], Flight] = {}
-        self.poller = Poller()
+        self.poller: Poller = Poller()
         self._lingering = 0  # workers that have answered and are not reaped yet
         self._leading = 0  # the thread that polls for all; 0 for none
         self._followers: dict[Sleeper, None] = {}

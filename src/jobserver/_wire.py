@@ -86,10 +86,10 @@ class Frame:
     __slots__ = ("exitcode", "flags", "kind", "segments")
 
     def __init__(self, kind: int, flags: int, exitcode: int, segments: list[Any]) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.exitcode = exitcode
-        self.segments = segments
+        self.kind: int = kind
+        self.flags: int = flags
+        self.exitcode: int = exitcode
+        self.segments: list[Any] = segments
 
     @property
     def text(self) -> str:

@@ -44,7 +44,7 @@ class Lease:
         self.berth: int = berth
         # Who is to run on it: a worker that has run other jobs, if any (a Flight).
         self.worker: Any = None
-        self.since = 0.0  # when such a worker's token was last taken from the pool
+        self.since: float = 0.0  # when such a worker's token was last taken from the pool
         self._fd = fd
         self._token = token
         self._epoch = epoch()
