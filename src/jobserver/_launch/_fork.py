@@ -35,6 +35,10 @@ from ._seat import Seat
 class ForkLauncher:
     """Launch each worker by ``os.fork``."""
 
+    def __init__(self) -> None:
+        # What a job that fails needs: imported once here, not again by each child.
+        import traceback  # noqa: F401
+
     def prepare(self, task: Task) -> Task:
         """Nothing to do: the child sees the parent's memory."""
         return task
