@@ -10,9 +10,10 @@ import re
 import subprocess
 import tempfile
 
+import pytest
 from foreign import Tool, each_make
 from helpers import program_environment
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jobserver._slots._announce import compose
@@ -114,6 +115,45 @@ def compose_and_see(make: Tool, makeflags: str, fds: tuple[int, int]) -> tuple[s
         return texts[0].rstrip("\n"), texts[1], texts[2]
 
 
+# What people write into MAKEFLAGS that make never would: what it hands on says how it reads that.
+ODD = [
+    " k",
+    " n",
+    "n -j4",
+    "kj4",
+    "-j4",
+    "-j 4",
+    "\t-k --jobs 4",
+    "--jobs=4 -k",
+    "\\-j4 all",
+    "\\-- V=1",
+    "-k -\\- V=-n",
+    " -j4 \\-\\- V=--",
+    "V=1 -j4",
+    " -j4 -- V=a\\\\\\ b\\",
+]
+
+
+@each_make()
+@pytest.mark.parametrize("odd", ODD)
+def test_written_by_hand(make: Tool, odd: str) -> None:
+    """Make reads what we write as it reads what we have found, but for the jobs."""
+    above, value, other = seen_by(make, [], odd)
+    reader, writer = os.pipe()
+    try:
+        ours = compose(odd, "pipe", f"{reader},{writer}", "/dev/shm/pool", 3)
+        below, value_below, other_below = compose_and_see(make, ours, (reader, writer))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+    assert (value_below, other_below) == (value, other)
+    words, words_below = split_flags(above), split_flags(below)
+    assert set(words_below[0]) == set(words[0])
+    assert ("n" in split_flags(odd)[0]) is ("n" in words[0])
+    assert read_options(words_below)[1] == 3
+
+
 PIECES = st.one_of(
     st.sampled_from(
         [
@@ -135,6 +175,11 @@ PIECES = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
+@example("\\--")
+@example("-\\- V=--jobserver-auth=9,9")
+@example("\\-j3 \\--jobserver-auth=9,9")
+@example(" -j 3")
+@example("k\\")
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_garbage_is_refused_by_type(makeflags: str) -> None:
     """Whatever MAKEFLAGS say leads to a pool or a MakeflagsError, and can be written anew."""

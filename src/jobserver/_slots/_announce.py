@@ -19,11 +19,12 @@ import os
 from collections.abc import Mapping
 from typing import Optional
 
-from ._makeflags import AUTH_OPTIONS
+from ._makeflags import AUTH_OPTIONS, quoted_words, unquote
 
 STYLES = ("auto", "universal", "fifo", "pipe")
 # Make strips blanks at the beginning of a variable's value, so there is an x.
 _CARRIER = "JOBSERVER_FIFO="
+_JOBS = ("-j", "--jobs")
 
 
 def check_style(style: str) -> str:
@@ -111,14 +112,19 @@ def compose(makeflags: str, style: str, pair: str, path: str, slots: int) -> str
     """
     letters, options, variables = _dissect(makeflags)
     if style == "fifo":
-        options += [f"-j{slots}", f"--jobserver-auth=fifo:{path}"]
+        pool = [f"-j{slots}", f"--jobserver-auth=fifo:{path}"]
     elif style == "none":
-        options += [f"-j{slots}"]
+        pool = [f"-j{slots}"]
     elif style == "pipe":
-        options += [f"-j{slots}", f"--jobserver-auth={pair}"]
+        pool = [f"-j{slots}", f"--jobserver-auth={pair}"]
     else:
-        options += ["-j", f"--jobserver-fds={pair}", f"--jobserver-auth={pair}"]
+        pool = ["-j", f"--jobserver-fds={pair}", f"--jobserver-auth={pair}"]
         variables.append(f"{_CARRIER}x\\ --jobserver-auth=fifo:{path}")
+    first = unquote(options[0]) if options else ""
+    if first.startswith("-") or "=" in first:
+        options += pool
+    else:
+        options = pool + options  # else a target would come first, and be taken for letters
     return " ".join([letters, *options, *(["--", *variables] if variables else [])])
 
 
@@ -137,27 +143,19 @@ def path_of(pipe: int) -> str:
 
 def _dissect(makeflags: str) -> tuple[str, list[str], list[str]]:
     """Return single letters, options but those about jobs, and variables, as they are quoted."""
-    words = _raw_words(makeflags)
-    letters = words.pop(0)
-    if letters.startswith("-") or "=" in letters:
-        words.insert(0, letters)
-        letters = ""
-    end = words.index("--") if "--" in words else len(words)
-    options = [word for word in words[:end] if not word.startswith(("-j", "--jobs", *AUTH_OPTIONS))]
-    variables = [word for word in words[end + 1 :] if not word.startswith(_CARRIER)]
+    letters, *words = quoted_words(makeflags)
+    # Make removes the quotes first, and then looks for options, and for their end.
+    meant = [unquote(word) for word in words]
+    end = meant.index("--") if "--" in meant else len(words)
+    options = []
+    for number in range(end):
+        # Also the number of ``-j 3``, which would be a target.
+        counts = number > 0 and meant[number - 1] in _JOBS and meant[number].isdigit()
+        if not counts and not meant[number].startswith((*_JOBS, *AUTH_OPTIONS)):
+            options.append(words[number])
+    variables = [
+        word
+        for word, text in zip(words[end + 1 :], meant[end + 1 :])
+        if not text.startswith(_CARRIER)
+    ]
     return letters, options, variables
-
-
-def _raw_words(makeflags: str) -> list[str]:
-    """Split at blanks that no backslash quotes; the first word may be empty."""
-    words = [""]
-    quoted = False
-    for char in makeflags:
-        if char in " \t\n" and not quoted:
-            words.append("")
-        else:
-            words[-1] += char
-        quoted = char == "\\" and not quoted
-    if quoted:
-        words[-1] += "\\"  # else it would quote the blank that follows now
-    return words[:1] + [word for word in words[1:] if word]

@@ -72,7 +72,7 @@ def open_outer(makeflags: str) -> Outer:
     if not makeflags.strip():
         raise NoMakeflags("MAKEFLAGS is not set: this process was not started by make")
     words = split_flags(makeflags)
-    if "n" in words[0] and not words[0].startswith("-") and "=" not in words[0]:
+    if "n" in words[0]:
         raise DryRun("make runs with -n: nothing is to be done")
     auth, slots = read_options(words)
     if auth is None:
@@ -97,24 +97,45 @@ def read_options(words: list[str]) -> tuple[Optional[str], Optional[int]]:
 
 def split_flags(makeflags: str) -> list[str]:
     """Split into words as make does; the first is empty if there are no single-letter options."""
-    words: list[str] = [""]
+    return [unquote(word) for word in quoted_words(makeflags)]
+
+
+def quoted_words(makeflags: str) -> list[str]:
+    """Do as ``split_flags``, with the words as they are written there."""
+    words = [""]
+    quoted = False
+    for char in makeflags.lstrip(" \t\n"):
+        if char in " \t\n" and not quoted:
+            words.append("")
+        else:
+            words[-1] += char
+        quoted = char == "\\" and not quoted
+    if quoted:
+        words[-1] += "\\"  # nothing follows that it could quote, but something may be put there
+    first = unquote(words[0])
+    if first.startswith("-") or "=" in first:
+        words.insert(0, "")
+    return words[:1] + [word for word in words[1:] if word]
+
+
+def unquote(word: str) -> str:
+    """Return what make reads where this is written."""
+    text = ""
     quoted = False
     dollar = False
-    for char in makeflags:
+    for char in word:
         if quoted:
-            words[-1] += char
+            text += char
             quoted = False
         elif char == "\\":
             quoted = True
-        elif char in " \t\n":
-            words.append("")
         elif char == "$" and dollar:
             dollar = False
             continue
         else:
-            words[-1] += char
+            text += char
         dollar = char == "$"
-    return words[:1] + [word for word in words[1:] if word]
+    return text
 
 
 def _open_fifo(path: str) -> int:
