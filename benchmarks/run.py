@@ -15,13 +15,15 @@ import argparse
 import datetime as dt
 import shutil
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from suite import envs, machine, plots, tables
+from suite import anatomy, envs, machine, plots, tables
 from suite.driver import run_group
 from suite.results import Results
 from suite.rows import Group, all_groups, select
+from suite.systems import SYSTEMS
 
 PAGE = envs.ROOT / "docs" / "performance.md"
 
@@ -45,6 +47,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--here",
         action="store_true",
         help="with this interpreter, the checkout and what is installed: make no environments",
+    )
+    parser.add_argument(
+        "--anatomy",
+        action="store_true",
+        help="where the time of one job goes: CPU, page faults, system calls (strace counts them)",
     )
     parser.add_argument("--report", action="store_true", help="run nothing, write anew")
     parser.add_argument(
@@ -71,6 +78,8 @@ def main(words: list[str] | None = None) -> int:
     except LookupError as error:
         print(error, file=sys.stderr)
         return 2
+    if options.anatomy:
+        return examine(options)
     if options.list:
         print("\n".join(row.id for group in chosen for row in group.rows))
         return 0
@@ -93,6 +102,20 @@ def main(words: list[str] | None = None) -> int:
     if options.publish:
         publish(results)
     return 1 if failed else 0
+
+
+def examine(options: argparse.Namespace) -> int:
+    """Show where the time of one job goes."""
+    wanted = options.only.split(",") if options.only else ["*"]
+    kinds = [kind for kind in anatomy.KINDS if any(fnmatchcase(kind.system, one) for one in wanted)]
+    names = sorted({SYSTEMS[kind.system].environment for kind in kinds})
+    environments = envs.here(names) if options.here else envs.make_all(names)
+    text = anatomy.examine(kinds, environments, options.rounds or 5)
+    print(text)
+    if options.publish:
+        tables.insert(PAGE, text, tables.ANATOMY)
+        print(PAGE)
+    return 0
 
 
 def measure(groups: list[Group], results: Results, options: argparse.Namespace) -> int:

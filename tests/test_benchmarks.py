@@ -20,7 +20,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "cases")]
 import measure  # noqa: E402
 import micro  # noqa: E402
 import run  # noqa: E402
-from suite import driver, envs, tables  # noqa: E402
+from suite import anatomy, driver, envs, tables  # noqa: E402
 from suite.results import Record, Results, spread  # noqa: E402
 from suite.rows import all_groups, brief, select  # noqa: E402
 from suite.targets import all_bounds, all_targets  # noqa: E402
@@ -198,7 +198,45 @@ def test_the_page_has_the_marks() -> None:
     """The documentation has a place for the tables."""
     text = run.PAGE.read_text()
 
-    assert 0 < text.index(tables.BEGIN) < text.index(tables.END)
+    for begin, end in ((tables.BEGIN, tables.END), tables.ANATOMY):
+        assert 0 < text.index(begin) < text.index(end)
+
+
+def test_anatomy_counts_calls_by_who_made_them(tmp_path: Path) -> None:
+    """A system call is that of its thread's process: the submitter, a zygote, or a worker."""
+    traces = {
+        10: "clone3({flags=CLONE_VM|CLONE_THREAD}, 88) = 11\nclone(flags=SIGCHLD) = 12\n",
+        11: 'futex(0x1, FUTEX_WAKE, 1) = 1\nwrite(4, "x", 1) = 1\n--- SIGCHLD {} ---\n',
+        12: 'execve("python", ["-c", "from jobserver._worker._zygote import main"]) = 0\n',
+        13: 'write(1, "a", 1) = 1\nwrite(1, "b", 1) = 1\n+++ exited with 0 +++\n',
+    }
+    for thread, text in traces.items():
+        (tmp_path / f"t.{thread}").write_text(text)
+
+    assert anatomy.count_calls(tmp_path, 10) == {
+        "submitter": {"clone3": 1, "clone": 1, "futex": 1, "write": 1},
+        "zygote": {"execve": 1},
+        "workers": {"write": 2},
+    }
+
+
+def test_anatomy_runs() -> None:
+    """What a job costs is told for each kind that is asked for."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(BENCHMARKS / "run.py"), "--anatomy", "--here"),
+            *("--rounds", "1", "--only", "floor-pipes"),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| one job |")
+    assert lines[2].startswith("| limit: warm processes")
 
 
 def test_a_smoke_run_is_not_published(tmp_path: Path) -> None:

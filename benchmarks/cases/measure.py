@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -238,6 +239,29 @@ def idle_memory(make: Make, *, slots: int = 2, server: bool = False) -> Metrics:
         return memory.of_workers(server=server)
 
 
+def trips(make: Make, *, count: int, together: bool = False, slots: int = 1) -> Metrics:
+    """So many jobs that do nothing, one after the other or all at once: what the submitter spent.
+
+    Two runs with different counts tell what one job costs, without what starting and ending cost.
+    """
+    with closing(make(slots)) as system:
+        system.burst(4 * slots)
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        if together:
+            system.burst(count)
+        else:
+            for _ in range(count):
+                system.once()
+        took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "pid": os.getpid(),
+        "wall_us": took * 1e6,
+        "user_us": (after.ru_utime - before.ru_utime) * 1e6,
+        "system_us": (after.ru_stime - before.ru_stime) * 1e6,
+        "faults": after.ru_minflt - before.ru_minflt,
+    }
+
+
 @contextlib.contextmanager
 def closing(system: System) -> Iterator[System]:
     """End all workers afterwards."""
@@ -282,6 +306,7 @@ MEASURES: dict[str, Callable[..., Metrics]] = {
         many_done,
         many_in_flight,
         idle_memory,
+        trips,
     )
 }
 

@@ -19,6 +19,7 @@ from . import envs
 from .envs import Environment
 from .results import Record
 from .rows import Group, Row, brief, distinct
+from .systems import System
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 
@@ -69,9 +70,8 @@ def run(row: Row, environment: Environment, limit: float, *, quick: bool) -> dic
     env = envs.clean(os.environ)
     if environment.path:
         env["PYTHONPATH"] = environment.path
-    script = str(CASES / row.system.case)
     with subprocess.Popen(
-        [environment.python, script, row.system.variant, row.measure, json.dumps(parameters)],
+        command_of(row.system, environment, row.measure, parameters),
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -89,6 +89,14 @@ def run(row: Row, environment: Environment, limit: float, *, quick: bool) -> dic
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return understood(output, errors, process.returncode)
+
+
+def command_of(
+    system: System, environment: Environment, measure: str, parameters: Mapping[str, Any]
+) -> list[str]:
+    """Return the command that measures a system."""
+    script = str(CASES / system.case)
+    return [environment.python, script, system.variant, measure, json.dumps(parameters)]
 
 
 def understood(output: str, errors: str, status: int) -> dict[str, Any]:

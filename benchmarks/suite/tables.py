@@ -13,8 +13,10 @@ from .results import Record, Results, Spread
 from .rows import Group, Metric, row_id
 from .targets import all_bounds, all_targets
 
+#: Between these a page has what is written by ``--publish``, and ``--anatomy --publish``.
 BEGIN = "<!-- begin: written by benchmarks/run.py --publish -->"
 END = "<!-- end: written by benchmarks/run.py --publish -->"
+ANATOMY = (BEGIN.replace("--publish", "--anatomy"), END.replace("--publish", "--anatomy"))
 
 
 def number(value: float, digits: int) -> str:
@@ -155,14 +157,14 @@ def report(groups: Iterable[Group], results: Results) -> str:
     return "\n".join([part for part in (*parts, sessions_text(results)) if part])
 
 
-def insert(page: Path, text: str) -> None:
+def insert(page: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Put the text between the marks in a page, in the place of what is there.
 
     Raises:
         LookupError: The page does not have both marks, in this order.
     """
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
         raise LookupError(f"{page} lacks the marks that the tables go between")
-    page.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")
+    page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
