@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing.resource_tracker
 import os
@@ -31,7 +32,11 @@ for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
 #: Seconds that processes and descriptors get to vanish after a test.
 GRACE = 5.0
 
+#: Seconds after which a test hangs, on a machine that has much else to do; those of a slow one.
+LIMIT, SLOW_LIMIT = 300.0, 3600.0
+
 _FAILED = pytest.StashKey[bool]()
+_STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +55,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning"
     )
+    config.stash[_STDERR] = os.dup(2)  # capturing replaces it
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the whole run, with a traceback of every thread, when a test hangs."""
+    limit = SLOW_LIMIT if item.get_closest_marker("slow") else LIMIT
+    faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
