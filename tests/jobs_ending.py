@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from helpers import touch, wait_until
+from helpers import open_fds, touch, wait_until
 
 if TYPE_CHECKING:
     from helpers import Gate
@@ -151,3 +152,19 @@ def leave_child(js: Jobserver, begun: str, done: str) -> str:
     js.submit(slow_touch, args=(begun, done))
     wait_until(lambda: os.path.exists(begun), "the child to begin")
     return "left"
+
+
+def inheritable() -> list[str]:
+    """What the descriptors beyond stderr refer to that a command of this process would get."""
+    found = []
+    for fd, name in open_fds().items():
+        with contextlib.suppress(OSError):  # the descriptor that has listed them
+            if fd > 2 and os.get_inheritable(fd):
+                found.append(name)
+    return found
+
+
+def inheritable_below(js: Jobserver) -> list[str]:
+    """The same here and, submitted with consume=0, in a job of this job."""
+    below = js.submit(inheritable, consume=0).result()
+    return [*inheritable(), *below]

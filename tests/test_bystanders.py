@@ -25,6 +25,8 @@ from jobs_ending import (
     change_directory,
     change_much,
     grandchild,
+    inheritable,
+    inheritable_below,
     look_around,
     run_daemon_thread,
     stop_other_threads_from_finishing,
@@ -211,3 +213,16 @@ def test_death_of_the_fork_server(tmp_path: Path) -> None:
     done = run_program([str(script), str(gate)])
 
     assert (done.stdout, done.stderr, done.returncode) == ("2\n", "", 0)
+
+
+@pytest.mark.contract("S18", "W1")
+@pytest.mark.parametrize("tasks", [1, None], ids=["fresh", "warm"])
+def test_commands_inherit_no_descriptor(method: str, tasks: int | None) -> None:
+    """What a job starts by exec, or its caller does, finds no descriptor of ours."""
+    before = inheritable()
+    with Jobserver(method, 1, max_tasks_per_child=tasks) as js:
+        for _ in range(3):  # a later job brings its slot along
+            at_work = js.submit(inheritable_below, args=(js,)).result(PATIENCE)
+            assert set(inheritable()) <= set(before)
+            # Under fork a job has what its caller has.
+            assert [found for found in at_work if found not in before] == []

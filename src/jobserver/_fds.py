@@ -18,6 +18,9 @@ from ._wire import IOV_MAX, Buffer, Pieces, write_all
 
 # The kernel takes at most 253 in one message (SCM_MAX_FD).
 MOST = 250
+# For every recvmsg: Python leaves what it receives inheritable. A command that a job starts, and
+# that outlives it, would keep its slot locked.
+CLOEXEC = socket.MSG_CMSG_CLOEXEC
 _COUNT = struct.Struct("<I")
 
 
@@ -125,7 +128,7 @@ def receive_fds(sock: socket.socket) -> list[int]:
 
 
 def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
-    data, ancillary, flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4))
+    data, ancillary, flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4), CLOEXEC)
     fds += fds_of(ancillary)
     refuse_truncated(flags)
     if not data:
@@ -140,7 +143,7 @@ def refuse_truncated(flags: int) -> None:
 
 
 def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
-    """Return the descriptors in a received message; Python has made them close-on-exec."""
+    """Return the descriptors in a received message."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -30,7 +30,7 @@ from multiprocessing import forkserver
 from typing import Any, Optional
 
 from jobserver import _forking
-from jobserver._fds import adopt, fds_of
+from jobserver._fds import CLOEXEC, adopt, fds_of
 from jobserver._flight import Started
 from jobserver._worker._protocol import (
     EXITED,
@@ -110,7 +110,7 @@ class ZygoteClient:
     def _reply(self, connection: socket.socket, number: int) -> tuple[int, int, list[int]]:
         while True:
             data, ancillary, _flags, _address = connection.recvmsg(
-                MESSAGE.size, socket.CMSG_SPACE(4)
+                MESSAGE.size, socket.CMSG_SPACE(4), CLOEXEC
             )
             fds = fds_of(ancillary)
             if not data:

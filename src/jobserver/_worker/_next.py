@@ -14,7 +14,7 @@ from multiprocessing import process
 from typing import Any, Callable, NoReturn, Optional
 
 from jobserver._errors import Untransferable
-from jobserver._fds import MOST, adopt, fds_of, refuse_truncated
+from jobserver._fds import CLOEXEC, MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
 from jobserver._slots._own import own_slot, run_on
 from jobserver._wire import Frame
@@ -201,8 +201,8 @@ def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
 
 def _read_once(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE)
-    if flags:
+    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE, CLOEXEC)
+    if flags != CLOEXEC:  # which comes back, with what else is to be told
         refuse_truncated(flags)
     if not data:
         raise EOFError

@@ -36,7 +36,7 @@ from jobserver import (
     _large,
 )
 from jobserver._errors import Unguarded
-from jobserver._fds import adopt, fds_of
+from jobserver._fds import CLOEXEC, adopt, fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
 
@@ -200,7 +200,9 @@ class _Zygote:
                     self._attend(self._clients[fd], mask)
 
     def _admit(self) -> None:
-        _data, ancillary, _flags, _address = self._server.recvmsg(1, socket.CMSG_SPACE(4))
+        _data, ancillary, _flags, _address = self._server.recvmsg(
+            1, socket.CMSG_SPACE(4), CLOEXEC
+        )
         for fd in fds_of(ancillary):
             self._clients[fd] = _Client(adopt(fd, socket.SOCK_SEQPACKET))
             self._epoll.register(fd, select.EPOLLIN)
@@ -211,7 +213,7 @@ class _Zygote:
             data, fds = b"", []
             with suppress(ConnectionResetError):  # gone, with replies unread
                 data, ancillary, _flags, _address = client.sock.recvmsg(
-                    MESSAGE.size, socket.CMSG_SPACE(4)
+                    MESSAGE.size, socket.CMSG_SPACE(4), CLOEXEC
                 )
                 fds = fds_of(ancillary)
             if not data:
