@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from helpers import (
     has_ended,
     identity,
     nothing,
+    program_environment,
     run_program,
     worker_pid,
 )
@@ -226,3 +229,59 @@ def test_commands_inherit_no_descriptor(method: str, tasks: int | None) -> None:
             assert set(inheritable()) <= set(before)
             # Under fork a job has what its caller has.
             assert [found for found in at_work if found not in before] == []
+
+
+CLOSED = """
+import contextlib, os, sys
+from pathlib import Path
+from jobserver import Jobserver
+
+def put_out():
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            os.write(fd, b"much that is no token and no answer")
+    os.system("echo out; echo err >&2")
+
+method, tasks, how, report = sys.argv[1:]
+
+def below(js, depth):
+    put_out()
+    if method == "fork" and how == "before":
+        os.fstat(LOG)
+    return 1 + (js.submit(below, args=(js, depth - 1)).result() if depth else 0)
+
+LOG = 0
+if __name__ == "__main__":
+    if how == "later":
+        os.closerange(0, 3)
+    else:
+        assert os.open(report, os.O_RDONLY) == LOG  # a file of the program's own
+    try:
+        js = Jobserver(method, 1, max_tasks_per_child=eval(tasks))
+        found = [js.submit(below, args=(js, 3)).result() for _ in range(3)]
+        found.append(js._shared.slots.free())
+        found += js.map(abs, [(-n,) for n in range(5)], chunksize="auto")
+        if how == "before":
+            found.append(os.read(LOG, 9))
+    except BaseException as error:
+        found = repr(error)
+    Path(report + ".told").write_text(f"{found}")
+"""
+
+
+@pytest.mark.contract("S2", "F6", "W1", "N5")
+@pytest.mark.parametrize(("tasks", "how"), [("1", "before"), ("None", "later")])
+def test_program_without_streams(method: str, tasks: str, how: str, tmp_path: Path) -> None:
+    """Where stdin, stdout and stderr are closed, nothing of ours takes their numbers."""
+    script, report = tmp_path / "program.py", tmp_path / "report"
+    script.write_text(CLOSED)
+    report.write_text("untouched")
+    command = [sys.executable, str(script), method, tasks, how, str(report)]
+    with_streams = ["sh", "-c", 'exec "$@"', "sh", *command]
+    if how == "before":
+        with_streams[2] += " <&- >&- 2>&-"
+
+    subprocess.run(with_streams, env=program_environment(), timeout=60, check=True)
+
+    expected = [4, 4, 4, 1, 0, 1, 2, 3, 4, *([b"untouched"] if how == "before" else [])]
+    assert (tmp_path / "report.told").read_text() == str(expected)

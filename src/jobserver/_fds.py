@@ -148,7 +148,7 @@ def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(data[: len(data) - len(data) % found.itemsize])
-    return list(found)
+    return [_forking.lifted(fd) for fd in found]
 
 
 def send_all(sock: socket.socket, pieces: Sequence[Buffer]) -> None:

@@ -20,10 +20,13 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 
@@ -76,10 +79,56 @@ def fork(passed: frozenset[int]) -> int:
         _passing.pop(me, None)
 
 
+def lifted(fd: int) -> int:
+    """
+    Return ``fd``; in place of 0, 1 or 2, which the program has closed, another one for the same.
+
+    What is printed there would be taken for tokens or an answer, and a worker's stdin is put there.
+    """
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def streams_held() -> Iterator[None]:
+    """
+    Keep the numbers 0, 1 and 2 from being given to other files meanwhile.
+
+    Where the program has closed them, multiprocessing could start nothing: its own pipe would get
+    them.
+    """
+    held: list[int] = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+            held.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def _both_lifted(one: int, other: int) -> tuple[int, int]:
+    try:
+        one = lifted(one)
+    except BaseException:
+        os.close(other)
+        raise
+    try:
+        return one, lifted(other)
+    except BaseException:
+        os.close(one)
+        raise
+
+
 def open_pipe() -> tuple[int, int]:
     """Open a pipe, and note both ends."""
     with _lock:
-        reader, writer = os.pipe()
+        reader, writer = _both_lifted(*os.pipe())
         owned.update((reader, writer))
         return reader, writer
 
@@ -88,6 +137,9 @@ def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
     """Open a pair of Unix sockets, and note both."""
     with _lock:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        if ours.fileno() < 3 or theirs.fileno() < 3:
+            fds = _both_lifted(ours.detach(), theirs.detach())
+            ours, theirs = (socket.socket(socket.AF_UNIX, kind, 0, fd) for fd in fds)
         if socket.getdefaulttimeout() is not None:  # the user's, which is not about ours
             ours.settimeout(None)
             theirs.settimeout(None)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from multiprocessing import spawn, util
 from typing import Any
 
+from jobserver._forking import streams_held
 from jobserver._signals import outside
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -25,7 +26,10 @@ def start_interpreter(module: str, fds: Sequence[int]) -> int:
         f" from {module} import main; main({', '.join(map(str, fds))})"
     )
     command = [spawn.get_executable(), *helper._args_from_interpreter_flags(), "-c", code]
-    pid: int = helper.spawnv_passfds(
-        os.fsencode(spawn.get_executable()), [os.fsencode(word) for word in command], sorted(fds)
-    )
+    with streams_held():
+        pid: int = helper.spawnv_passfds(
+            os.fsencode(spawn.get_executable()),
+            [os.fsencode(word) for word in command],
+            sorted(fds),
+        )
     return pid

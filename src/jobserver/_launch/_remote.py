@@ -80,7 +80,8 @@ class RemoteLauncher:
         else:
             told.update(foundations())
         # One tracker for the whole tree, else a worker's would unlink what it made at its end.
-        with _forking.books_lock():  # a fork must not find the tracker's own lock held
+        # A fork must not find the tracker's own lock held.
+        with _forking.books_lock(), _forking.streams_held():
             tracker: Any = resource_tracker.getfd()
         seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
         told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)

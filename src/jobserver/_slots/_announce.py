@@ -19,6 +19,8 @@ import os
 from collections.abc import Mapping
 from typing import Optional
 
+from jobserver._forking import lifted
+
 from ._makeflags import AUTH_OPTIONS, quoted_words, unquote
 
 STYLES = ("auto", "universal", "fifo", "pipe")
@@ -62,9 +64,9 @@ class ChildEnv(dict[str, str]):
         if style != "fifo":
             # Descriptions that are nobody else's: make sets O_NONBLOCK as it likes, and others
             # fail if they meet it. Opening waits for nobody, as this process has both ends open.
-            reader = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_CLOEXEC)
+            reader = lifted(os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_CLOEXEC))
             self.pass_fds = (reader,)
-            writer = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_CLOEXEC)
+            writer = lifted(os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_CLOEXEC))
             self.pass_fds = (reader, writer)
         pair = ",".join(map(str, self.pass_fds))
         self["MAKEFLAGS"] = compose(self.get("MAKEFLAGS", ""), style, pair, path_of(pipe), slots)

@@ -41,9 +41,10 @@ def start(pipe: int, berths: list[int]) -> int:
     try:
         words = [spawn.get_executable(), "-I", "-S", __file__, *map(str, (life, pipe, *berths))]
         executable = os.fsencode(words[0])
-        pid = util.spawnv_passfds(  # type: ignore[attr-defined, unused-ignore]
-            executable, [os.fsencode(word) for word in words], [life, pipe, *berths]
-        )
+        with _forking.streams_held():
+            pid = util.spawnv_passfds(  # type: ignore[attr-defined, unused-ignore]
+                executable, [os.fsencode(word) for word in words], [life, pipe, *berths]
+            )
         # It forks at once, and the fork is the one that stays.
         os.waitpid(pid, 0)
     except ChildProcessError:

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Mapping
 from typing import NamedTuple, Optional
 
+from jobserver._forking import lifted
 from jobserver.makeflags import (
     BadAuth,
     CannotOpenFifo,
@@ -143,7 +144,7 @@ def _open_fifo(path: str) -> int:
         if not stat.S_ISFIFO(os.stat(path).st_mode):  # opening a device may do things
             raise NotAFifo(f"{path!r} is no FIFO")
         # For reading and writing, so that the opening waits for nobody.
-        fd = os.open(path, OPEN_FLAGS)
+        fd = lifted(os.open(path, OPEN_FLAGS))
     except OSError as error:
         raise CannotOpenFifo(
             f"the FIFO {path!r} cannot be opened ({error.strerror});"
@@ -171,7 +172,7 @@ def _open_pair(auth: str) -> int:
     if not (stat.S_ISFIFO(found.st_mode) and same):
         raise DescriptorsOfOthers(f"the descriptors {auth} are other files here; {hint}")
     try:
-        return _enlarge(os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS))
+        return _enlarge(lifted(os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS)))
     except OSError as error:
         raise DescriptorsClosed(
             f"its descriptors {auth} cannot be reopened ({error.strerror})"

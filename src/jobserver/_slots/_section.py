@@ -18,6 +18,8 @@ import fcntl
 import os
 from typing import Optional
 
+from jobserver._forking import lifted
+
 from ._splice import move_byte, waiting_bytes
 
 OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
@@ -174,7 +176,7 @@ class Section:
 
     def _open(self, berth: int) -> int:
         """Open a new description, whose lock is nobody else's."""
-        return os.open(f"/proc/self/fd/{self.berths[berth]}", OPEN_FLAGS)
+        return lifted(os.open(f"/proc/self/fd/{self.berths[berth]}", OPEN_FLAGS))
 
 
 def lock(fd: int) -> bool:
@@ -203,7 +205,7 @@ def new_fifo(pages: int) -> int:
     """Open an anonymous FIFO of ``pages`` pages: one descriptor, both ends, non-blocking."""
     reader, writer = os.pipe()
     try:
-        fd = os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS)
+        fd = lifted(os.open(f"/proc/self/fd/{reader}", OPEN_FLAGS))
     finally:
         os.close(reader)
         os.close(writer)

@@ -81,7 +81,7 @@ class Ledger:
         self._epoch = _forking.epoch()
         self._starting = self._closing = False
         with _forking.books_lock():
-            self.fd = os.memfd_create("jobserver-batch")
+            self.fd = _forking.lifted(os.memfd_create("jobserver-batch"))
             _forking.owned.add(self.fd)
         try:
             size = CELL * (FIRST + count) + _ROOM * count

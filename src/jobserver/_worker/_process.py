@@ -97,6 +97,8 @@ def _forget_parent() -> None:
         _util._finalizer_registry.clear()
     if _util._afterfork_registry:
         _util._run_after_forkers()
+    if sys.stdin is None or getattr(sys.stdin, "closed", False):
+        return  # without a stdin, the program may have another file under its number
     null = os.open(os.devnull, os.O_RDONLY)
     if null:
         os.dup2(null, 0, inheritable=True)

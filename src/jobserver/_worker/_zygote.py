@@ -200,9 +200,7 @@ class _Zygote:
                     self._attend(self._clients[fd], mask)
 
     def _admit(self) -> None:
-        _data, ancillary, _flags, _address = self._server.recvmsg(
-            1, socket.CMSG_SPACE(4), CLOEXEC
-        )
+        _data, ancillary, _flags, _address = self._server.recvmsg(1, socket.CMSG_SPACE(4), CLOEXEC)
         for fd in fds_of(ancillary):
             self._clients[fd] = _Client(adopt(fd, socket.SOCK_SEQPACKET))
             self._epoll.register(fd, select.EPOLLIN)
