@@ -75,6 +75,34 @@ class SoftExitWhenUnpickled:
         return sys.exit, (19,)
 
 
+class Unspeakable(Exception):
+    """Has no repr, and no text."""
+
+    def __repr__(self) -> str:
+        raise LookupError("there is nothing to say")
+
+    __str__ = __repr__
+
+
+def unspeakable() -> None:
+    """Raise one."""
+    raise Unspeakable
+
+
+class UnspeakableWhenPickled:
+    """Says nothing of why it cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise Unspeakable
+
+
+class UnspeakableWhenUnpickled:
+    """Says nothing of why it cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return unspeakable, ()
+
+
 _KINDS: dict[str, Callable[[int], Any]] = {
     "bytes": bytes,
     "bytearray": bytearray,
@@ -88,6 +116,8 @@ _KINDS: dict[str, Callable[[int], Any]] = {
     "ExitsWhenPickled": lambda size: ExitsWhenPickled(),
     "ExitsWhenUnpickled": lambda size: ExitsWhenUnpickled(),
     "SoftExitWhenUnpickled": lambda size: SoftExitWhenUnpickled(),
+    "UnspeakableWhenPickled": lambda size: UnspeakableWhenPickled(),
+    "UnspeakableWhenUnpickled": lambda size: UnspeakableWhenUnpickled(),
 }
 
 

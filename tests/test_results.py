@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
+    await_answer,
     chain_text,
     free_slots,
     identity,
@@ -25,6 +26,8 @@ from jobs_results import (
     NeedsTwo,
     RaisesWhenPickled,
     RaisesWhenUnpickled,
+    UnspeakableWhenPickled,
+    UnspeakableWhenUnpickled,
     block,
     deep_list,
     give,
@@ -36,6 +39,7 @@ from jobs_results import (
     raise_result,
     raise_with_group,
     raise_with_unpicklable,
+    unspeakable,
 )
 from marks import by_method
 
@@ -158,6 +162,30 @@ def test_results_that_cannot_be_unpickled(method: str, gate: Gate) -> None:
             assert "unpickled too late" in chain_text(caught.value)
         del caught
         assert free_slots(js, gate) == 1
+
+
+@pytest.mark.contract("F11", "F12", "F7", "S19")
+@by_method("kind", [UnspeakableWhenPickled, UnspeakableWhenUnpickled])
+def test_failures_that_cannot_be_shown(method: str, kind: type) -> None:
+    """That pickling has failed is told also where the repr of the reason fails."""
+    with Jobserver(method, 1) as js:
+        for job, what in ((give, "result"), (raise_result, "exception")):
+            future = js.submit(job, args=(kind.__name__, 0)[: 2 if job is give else 1])
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=f"{what}.*Unspeakable"):
+                    future.result(PATIENCE)
+        if method != "fork":
+            with pytest.raises((TypeError, RuntimeError), match=r"job.*Unspeakable"):
+                js.submit(identity, args=(kind(),)).result(PATIENCE)
+
+
+@pytest.mark.contract("H3")
+def test_callback_error_that_cannot_be_shown() -> None:
+    """Leaving the with-block warns of a callback's error also where its repr fails."""
+    with pytest.warns(RuntimeWarning, match="Unspeakable"), Jobserver("fork", 1) as js:
+        future = js.submit(identity, args=(1,))
+        future.when_done(unspeakable)
+        await_answer(future)
 
 
 @pytest.mark.contract("F9", "F10", "S18")

@@ -13,7 +13,7 @@ import atexit
 import warnings
 
 from ._admission import Admission
-from ._errors import CallbackRaised
+from ._errors import CallbackRaised, shown
 from ._forking import stale
 from ._reactor import active_reactors
 
@@ -41,4 +41,5 @@ def finish_jobs() -> None:
 
 def warn_suppressed(raised: CallbackRaised) -> None:
     """Tell of a callback's error that can be raised nowhere any more."""
-    warnings.warn(f"suppressed {raised!r} from {raised.__cause__!r}", RuntimeWarning, stacklevel=4)
+    cause = shown(raised.__cause__)
+    warnings.warn(f"suppressed {raised!r} from {cause}", RuntimeWarning, stacklevel=4)

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ContextManager, Optional
 from . import _forking
 from ._backlog import Backlog, Call
 from ._casualty import of_end, of_start
+from ._errors import shown
 from ._future import Future
 from ._patience import Patience
 from ._promise import Promise
@@ -222,7 +223,7 @@ class Engine:
                     self._starve(error)
                 self._turn(sought)
         except BaseException as error:  # noqa: BLE001  # else every promise would be waited for in vain
-            self._break(f"the executor's thread has failed: {error!r}", error)
+            self._break(f"the executor's thread has failed: {shown(error)}", error)
         finally:
             self._close()
             step_back()

@@ -89,6 +89,14 @@ class Unguarded(RuntimeError):
     """A worker that imports the main module has met work being submitted there."""
 
 
+def shown(error: Optional[BaseException]) -> str:
+    """Return the repr of an exception, whatever its class makes of that."""
+    try:
+        return repr(error)
+    except Exception:  # noqa: BLE001  # of the user's; the exception itself matters more
+        return f"{type(error).__qualname__} (its repr fails)"
+
+
 def _signal_name(number: int) -> str:
     try:
         return f"{signal.Signals(number).name} (signal {number})"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Optional
 
-from ._errors import SubmissionDied, Untransferable
+from ._errors import SubmissionDied, Untransferable, shown
 from ._wire import DIED, RESULT, Frame
 
 
@@ -77,9 +77,10 @@ class Outcome:
 def _unreadable(frame: Frame, error: BaseException) -> BaseException:
     what = "result" if frame.kind == RESULT else "exception"
     failure: BaseException
+    why = shown(error)
     if frame.kind == DIED:
-        failure = SubmissionDied(frame.exitcode, f"its cause cannot be unpickled here: {error!r}")
+        failure = SubmissionDied(frame.exitcode, f"its cause cannot be unpickled here: {why}")
     else:
-        failure = Untransferable(f"the {what} of the job cannot be unpickled here: {error!r}")
+        failure = Untransferable(f"the {what} of the job cannot be unpickled here: {why}")
     failure.__cause__ = RemoteTraceback(frame.text) if frame.text else error
     return failure

@@ -15,6 +15,7 @@ from multiprocessing.context import get_spawning_popen, set_spawning_popen
 from typing import Any, NamedTuple
 
 from jobserver._dump import ahead
+from jobserver._errors import shown
 from jobserver._wire import Buffer, dump
 from jobserver._worker._inherit import InheritedFd
 from jobserver._worker._task import Task
@@ -53,11 +54,18 @@ def pickle_task(task: Task, method: str) -> Pickled:
         payload = dump(tuple(task))
     except Exception as error:
         raise TypeError(
-            f"the job is not picklable, which the start method {method!r} needs: {error}"
+            f"the job is not picklable, which the start method {method!r} needs: {_text_of(error)}"
         ) from error
     finally:
         set_spawning_popen(outer)
     return Pickled(payload, starting.fds)
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # of the user's
+        return shown(error)
 
 
 def _guard_locks() -> None:

@@ -8,7 +8,7 @@ import pickle
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Optional
 
-from jobserver._errors import Unguarded, Untransferable
+from jobserver._errors import Unguarded, Untransferable, shown
 from jobserver._wire import DIED, RAISED, RESULT, Buffer, dump
 
 
@@ -55,7 +55,7 @@ def _raised(error: BaseException, text: str) -> Answer:
 
 
 def _unpicklable(what: str, why: Exception, text: str) -> Answer:
-    message = f"{what} could not be pickled: {why!r}"
+    message = f"{what} could not be pickled: {shown(why)}"
     try:
         payload = dump(Untransferable(message, why))
         # Else the caller would learn of this second failure only.

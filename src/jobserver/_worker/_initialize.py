@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from jobserver._errors import shown
+
 from . import _stay
 
 
@@ -29,5 +31,5 @@ class Initializer:
 
             logger = logging.getLogger("concurrent.futures")
             logger.critical("Exception in initializer:", exc_info=True)
-            raise InitializerFailed(repr(error)) from error
+            raise InitializerFailed(shown(error)) from error
         _stay.accept()

@@ -13,7 +13,7 @@ import struct
 from multiprocessing import process
 from typing import Any, Callable, NoReturn, Optional
 
-from jobserver._errors import Untransferable
+from jobserver._errors import Untransferable, shown
 from jobserver._fds import CLOEXEC, MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
 from jobserver._slots._own import own_slot, run_on
@@ -188,7 +188,8 @@ def load(frame: Frame) -> Task:
     try:
         return Task(*frame.load())
     except Exception as error:
-        raise Untransferable(f"the job could not be unpickled in the worker: {error!r}") from error
+        message = f"the job could not be unpickled in the worker: {shown(error)}"
+        raise Untransferable(message) from error
 
 
 def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:

@@ -9,7 +9,7 @@ import pickle
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
-from jobserver._errors import Unguarded
+from jobserver._errors import Unguarded, shown
 from jobserver._fds import adopt, receive_fds
 from jobserver._reader import FrameReader
 from jobserver._slots._own import OwnSlot, run_on
@@ -105,6 +105,6 @@ def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
     except Unguarded:
         raise
     except BaseException as error:
-        raise RuntimeError(f"the worker could not be prepared: {error!r}") from error
+        raise RuntimeError(f"the worker could not be prepared: {shown(error)}") from error
     finally:
         del state._inheriting
