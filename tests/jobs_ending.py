@@ -168,3 +168,15 @@ def inheritable_below(js: Jobserver) -> list[str]:
     """The same here and, submitted with consume=0, in a job of this job."""
     below = js.submit(inheritable, consume=0).result()
     return [*inheritable(), *below]
+
+
+def fork_and_end(how: str) -> int:
+    """Fork, end the child in the way named; the status that its parent sees."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if how == "exit":
+        sys.exit(4)
+    if how == "raise":
+        raise LookupError("of the child")
+    return 0

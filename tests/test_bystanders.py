@@ -27,6 +27,7 @@ from helpers import (
 from jobs_ending import (
     change_directory,
     change_much,
+    fork_and_end,
     grandchild,
     inheritable,
     inheritable_below,
@@ -216,6 +217,19 @@ def test_death_of_the_fork_server(tmp_path: Path) -> None:
     done = run_program([str(script), str(gate)])
 
     assert (done.stdout, done.stderr, done.returncode) == ("2\n", "", 0)
+
+
+@pytest.mark.contract("F6", "W1")
+@pytest.mark.parametrize("tasks", [1, None], ids=["fresh", "warm"])
+def test_copy_that_a_job_makes_of_itself(
+    method: str, tasks: int | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A child that a job forks ends with the status that it asks for, and answers nothing."""
+    with Jobserver(method, 1, max_tasks_per_child=tasks) as js:
+        ends = [js.submit(fork_and_end, args=(how,)) for how in ("return", "exit", "raise")]
+        assert [future.result(PATIENCE) for future in ends] == [0, 4, 1]
+    if method != "forkserver":  # whose server may have started with another stderr
+        assert capfd.readouterr().err.count("LookupError: of the child") == 1
 
 
 @pytest.mark.contract("S18", "W1")

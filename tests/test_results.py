@@ -182,10 +182,13 @@ def test_failures_that_cannot_be_shown(method: str, kind: type) -> None:
 @pytest.mark.contract("H3")
 def test_callback_error_that_cannot_be_shown() -> None:
     """Leaving the with-block warns of a callback's error also where its repr fails."""
-    with pytest.warns(RuntimeWarning, match="Unspeakable"), Jobserver("fork", 1) as js:
-        future = js.submit(identity, args=(1,))
-        future.when_done(unspeakable)
-        await_answer(future)
+    js = Jobserver("fork", 1)
+    js.__enter__()
+    future = js.submit(identity, args=(1,))
+    future.when_done(unspeakable)
+    await_answer(future)
+    with pytest.warns(RuntimeWarning, match="Unspeakable"):
+        js.__exit__(None, None, None)
 
 
 @pytest.mark.contract("F9", "F10", "S18")

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from types import TracebackType
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from jobserver._errors import Unguarded, Untransferable, shown
 from jobserver._wire import DIED, RAISED, RESULT, Buffer, dump
+
+from ._process import flush_streams
 
 
 class Answer(NamedTuple):
@@ -39,7 +43,7 @@ def answer_of(call: Callable[[], Any]) -> Answer:
 
 def raised(error: BaseException) -> Answer:
     """Return the answer for an exception that fn has raised."""
-    if isinstance(error, Unguarded):
+    if issubclass(type(error), Unguarded):  # not by its `__class__`, which may raise
         # The advice says all; the way through the importing of main would only bury it.
         return _raised(error, "")
     return _raised(error, _text_of(error))
@@ -77,6 +81,17 @@ def died(error: BaseException) -> Answer:
     except BaseException:  # noqa: BLE001
         payload = dump(SystemExit(_name(error)))
     return Answer(DIED, _text_of(error), payload, exitcode)
+
+
+def end_copy(answer: Answer) -> NoReturn:
+    """End a process that fn has forked: with the status, and the message, that it had anywhere."""
+    exitcode = 1 if answer.kind == RAISED else answer.exitcode
+    try:
+        if answer.kind == RAISED:
+            sys.stderr.write(answer.text)
+        flush_streams()
+    finally:
+        os._exit(exitcode)
 
 
 def _text_of(error: BaseException) -> str:

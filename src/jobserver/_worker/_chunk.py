@@ -11,7 +11,6 @@ begun when the chunk lasts too long.
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +21,8 @@ from jobserver import _forking
 from jobserver._dump import _PLAIN, load
 from jobserver._wire import DIED, RESULT
 
-from ._answer import Answer, answer_of, raised
+from ._answer import Answer, answer_of, end_copy, raised
 from ._ledger import FIRST, Ledger, frame
-from ._process import flush_streams
 
 if TYPE_CHECKING:
     from ._log import Log
@@ -118,11 +116,12 @@ def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001  # it is the user's, and goes to the caller
-            _end_copy(epoch)
             answer = raised(error)
+            if _forking._epoch != epoch:
+                end_copy(answer)
         else:
             if _forking._epoch != epoch:
-                _end_copy(epoch)
+                end_copy(Answer(RESULT, "", []))
             if value is None:
                 cells[place] = at << 1  # an empty record
                 place += 1
@@ -148,13 +147,6 @@ def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
             break
     log.at = at
     return place - FIRST
-
-
-def _end_copy(epoch: int) -> None:
-    """If fn has forked and let the child return, too, that ends: only the original goes on."""
-    if _forking.epoch() != epoch:
-        flush_streams()
-        os._exit(0)
 
 
 def _tell(log: Log, index: int, answer: Answer) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 from jobserver._slots._own import own_slot
 from jobserver._wire import DIED, RETURNED, STAYS, UNTIL_CLOSED, UNTIL_TAKEN, encode, send
 
-from ._answer import Answer, answer_of, died
+from ._answer import Answer, answer_of, died, end_copy
 from ._process import finish_jobs, finish_process, flush_streams
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ class Worker:
         while True:
             answer = answer_of(call)
             if os.getpid() != me:
-                # fn has forked and let the child return, too: only the original answers.
-                flush_streams()
-                os._exit(0)
+                # fn has forked and let the child come back, too: only the original answers.
+                end_copy(answer)
             self._answer(answer)
             del call, answer  # what they refer to is not to outlive the job
             assert self._next is not None  # noqa: S101  # else answering has ended the process
