@@ -40,6 +40,13 @@ def end_for(path: str, number: int, bad: int, how: str) -> int:
     return number
 
 
+def hold_or_die(gate: Gate, path: str, number: int) -> int:
+    """In the first batch wait for the gate; the second dies in the middle."""
+    if number == 9:
+        wait_until(gate.is_open, "the gate")
+    return end_for(path, number, 15, "_exit")
+
+
 def big(number: int) -> bytes:
     """More with every call, up to 300,000 bytes."""
     return bytes([number % 251]) * (number * 6000)

@@ -22,7 +22,6 @@ from helpers import (
     identity,
     lines,
     settle,
-    wait_until,
 )
 from jobs import Appender, fail_for
 from map_jobs import (
@@ -31,6 +30,7 @@ from map_jobs import (
     doubled,
     end_for,
     explosive,
+    hold_or_die,
     mapped_inside,
     meet,
     note,
@@ -188,7 +188,7 @@ def test_what_a_dead_worker_left_is_made(
     batches_of(10)
     log = tmp_path / "log"
     with Jobserver(method, 2) as js:
-        argses = [(gate, log, n) for n in range(20)]
+        argses = [(gate, str(log), n) for n in range(20)]
         results = auto(js, hold_or_die, argses)
         for n in range(9):
             assert next(results) == n
@@ -200,13 +200,6 @@ def test_what_a_dead_worker_left_is_made(
             next(results)
     assert set(map(int, lines(log))) >= set(range(16))
     assert max(Counter(lines(log)).values()) == 1
-
-
-def hold_or_die(gate: Gate, log: Path, number: int) -> int:
-    """In the first batch wait for the gate; the second dies in the middle."""
-    if number == 9:
-        wait_until(gate.is_open, "the gate")
-    return end_for(str(log), number, 15, "_exit")
 
 
 @pytest.mark.contract("M8", "M17", "F9")
