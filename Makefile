@@ -25,10 +25,11 @@ GROUP := $(VENV)/.stamp-group-
 # One environment, one pip at a time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types docs bench coverage changelog clean
+.PHONY: help demo mixed test test-all lint format types docs bench coverage changelog clean
 
 help:
 	@echo 'make demo      a recursive report on the standard library, each folder and file a job'
+	@echo 'make mixed     C libraries built by make, ninja and Python jobs on the same slots'
 	@echo 'make test      the tests on $(PYTHON); ARGS="-k name" goes to pytest'
 	@echo 'make test-all  the tests on every interpreter at hand, from 3.9 to 3.14'
 	@echo 'make lint      ruff: rules and format'
@@ -43,6 +44,9 @@ help:
 
 demo: $(INSTALLED)
 	@$(PY) examples/archive_report.py $(ARGS)
+
+mixed: $(INSTALLED) $(GROUP)mixed
+	@$(PY) examples/mixed_build.py $(ARGS)
 
 test: $(INSTALLED) $(GROUP)test
 	@$(PY) -m pytest --junitxml=$(VENV)/junit.xml -o cache_dir=$(VENV)/.pytest_cache $(ARGS)

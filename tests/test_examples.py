@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 HOWTO = ROOT / "docs" / "howto"
 
-# The main job has tests of its own: it is a program rather than the answer to one question.
+# The main jobs have tests of their own: they are programs rather than the answer to one question.
 NAMES = sorted(
-    path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith(("_", "archive"))
+    path.stem
+    for path in EXAMPLES.glob("*.py")
+    if not path.stem.startswith(("_", "archive", "mixed"))
 )
 # None runs the example as a reader would first: without an argument.
 CONTEXTS = (None, "fork", "spawn", "forkserver")
