@@ -92,10 +92,8 @@ def download(folder: Path) -> None:
 
 
 def complaint(text: str) -> str:
-    """What pip says is wrong: its last error, or whatever it has said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
-    errors = [line[len("ERROR:") :].strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines)[-1]
+    """What pip says is wrong, in one line: its last error, or all that it has said."""
+    return " ".join(text.rpartition("ERROR:")[2].split()) or "no reason given"
 
 
 def unpack(sdists: Path, sources: Path) -> None:
