@@ -37,10 +37,10 @@ sys.path.insert(0, str(EXAMPLES))
 
 from mixed.builders import BuildError, Site, build  # noqa: E402
 from mixed.census import Census  # noqa: E402
-from mixed.fetch import FetchError, fetch, pinned, unpack_part  # noqa: E402
-from mixed.foreman import WorkError, workplace  # noqa: E402
+from mixed.fetch import FetchError, fetch, pinned, unpack, unpack_part  # noqa: E402
+from mixed.foreman import WorkError, open_pool, run, workplace  # noqa: E402
 from mixed.parts import PARTS, Part  # noqa: E402
-from mixed.show import Progress  # noqa: E402
+from mixed.show import Progress, as_json, as_table  # noqa: E402
 from mixed.tools import ToolError, find_ninja, find_tools  # noqa: E402
 
 from jobserver import Jobserver  # noqa: E402
@@ -57,6 +57,7 @@ class Done(NamedTuple):
 
     work: Path
     found: dict[str, Any]
+    table: list[str]
 
 
 @pytest.fixture(scope="session")
@@ -76,20 +77,16 @@ def sdists() -> Path:
 def plain(sdists: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A build on two slots of its own."""
     work = tmp_path_factory.mktemp("mixed") / "work"
-    return Done(work, build_json(work, sdists))
+    with workplace(work) as root:
+        unpack(sdists, root / "sources")
+        pool = open_pool("fork", 2, root)
+        done = run(pool, root, find_tools(), kill_make=False, on_objects=lambda _: None)
+    return Done(work, as_json(done), list(as_table(done)))
 
 
-def arguments(work: Path, sdists: Path) -> list[str]:
-    """The script's, after its name."""
-    return [str(SCRIPT), "--json", "--work", str(work), "--sdists", str(sdists)]
-
-
-def build_json(work: Path, sdists: Path, *more: str) -> dict[str, Any]:
-    """What --json prints, of a build that complains of nothing."""
-    done = run_program([*arguments(work, sdists), *more])
-    assert (done.returncode, odd(done.stderr)) == (0, [])
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def script(work: Path, sdists: Path) -> list[str]:
+    """The script and where it works."""
+    return [str(SCRIPT), "--work", str(work), "--sdists", str(sdists)]
 
 
 def odd(stderr: str) -> list[str]:
@@ -131,9 +128,8 @@ def test_artefacts_are_as_reported(plain: Done) -> None:
             for name in archive.namelist()
             if name != "SHA256SUMS"
         }
-        sums = dict(
-            reversed(line.split("  ")) for line in archive.read("SHA256SUMS").decode().splitlines()
-        )
+        lines = archive.read("SHA256SUMS").decode().splitlines()
+        sums = {line.split("  ")[1]: line.split("  ")[0] for line in lines}
         symbols = {
             part.name: archive.read(f"lib{part.name}.symbols").decode().split("\n")
             for part in PARTS
@@ -160,7 +156,7 @@ int main(void)
 
 
 def test_libraries_work(plain: Done, tmp_path: Path) -> None:
-    """A program with all three libraries in it runs, and they are of the versions of the sources."""
+    """A program with all three libraries runs, and their versions are those of the sources."""
     (tmp_path / "all.c").write_text(USES_ALL)
     tree = plain.work / "tree"
     # The last one first: lz4 comes with a header of an older xxhash.
@@ -174,18 +170,21 @@ def test_libraries_work(plain: Done, tmp_path: Path) -> None:
 
 def test_one_slot_and_spawn(plain: Done, sdists: Path, tmp_path: Path) -> None:
     """One slot is enough, for one compiler at a time, and other start methods give the same zip."""
-    found = build_json(tmp_path / "work", sdists, "--slots", "1", "--context", "spawn")
+    more = ["--slots", "1", "--context", "spawn"]
+    done = run_program([*script(tmp_path / "work", sdists), *more])
 
-    assert (found["peak_compilers"], found["tokens_free"]) == (1, 1)
-    assert found["zip"] == plain.found["zip"]
+    assert (done.returncode, odd(done.stderr)) == (0, [])
+    assert f" {plain.found['zip']['sha256']}\n" in done.stdout
+    assert "\nat most 1 compiler at once, " in done.stdout
+    assert "\n1 slot of its own (spawn), 1 token free at the end\n" in done.stdout
 
 
 @pytest.mark.contract("K1", "K6", "K7")
 def test_killed_make_costs_no_slot(plain: Done, sdists: Path, tmp_path: Path) -> None:
     """After SIGKILL of a make in mid-build the rest has both slots, and no token is missing."""
-    run = ["-m", "jobserver", "run", "-j2", "--check", "--", sys.executable]
-    more = ["--kill-make", "--context", "forkserver"]
-    done = run_program([*run, *arguments(tmp_path / "work", sdists), *more])
+    tool = ["-m", "jobserver", "run", "-j2", "--check", "--", sys.executable]
+    more = ["--kill-make", "--context", "forkserver", "--json"]
+    done = run_program([*tool, *script(tmp_path / "work", sdists), *more])
 
     assert (done.returncode, odd(done.stderr)) == (0, [])
     found = json.loads(done.stdout)
@@ -200,7 +199,7 @@ def test_killed_make_costs_no_slot(plain: Done, sdists: Path, tmp_path: Path) ->
 CLIENT = """\
 all: mixed other1 other2
 mixed:
-\t+@{python} {arguments} > report
+\t+@{python} {script} --json > report
 other1 other2:
 \t@{cc} -O0 -c -o $@.o lz4/lz4hc.c
 .PHONY: all mixed other1 other2
@@ -215,7 +214,7 @@ def test_a_make_is_the_server(plain: Done, sdists: Path, tmp_path: Path, make: T
     unpack_part(sdists / f"{lz4.sdist}.tar.gz", lz4, tmp_path / "lz4")
     text = CLIENT.format(
         python=sys.executable,
-        arguments=" ".join(arguments(tmp_path / "work", sdists)),
+        script=" ".join(script(tmp_path / "work", sdists)),
         cc=find_tools().cc,
     )
     (tmp_path / "Makefile").write_text(text)
@@ -249,7 +248,7 @@ def test_a_make_is_the_server(plain: Done, sdists: Path, tmp_path: Path, make: T
 def test_interruption_leaves_nobody(sdists: Path, tmp_path: Path) -> None:
     """Ctrl-C ends it with status 130, without a word, and no builder or compiler goes on."""
     census = Census(tmp_path, find_tools().cc)
-    with started_program(arguments(tmp_path / "work", sdists)) as process:
+    with started_program(script(tmp_path / "work", sdists)) as process:
         wait_until(lambda: sum(census.count().values()), "a compiler")
         os.killpg(process.pid, signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
@@ -399,7 +398,7 @@ def test_other_sources_are_refused(
 def test_no_network_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can be downloaded, the message says what is needed, and for how long."""
     offline(monkeypatch)
-    done = run_program(arguments(tmp_path / "work", tmp_path / "sdists"))
+    done = run_program(script(tmp_path / "work", tmp_path / "sdists"))
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -431,6 +430,22 @@ def test_unpacking_stays_in_its_folder(tmp_path: Path) -> None:
 
 
 # What is shown
+
+
+def test_page_shows_the_table(plain: Done) -> None:
+    """The page on builders shows what the build prints, but for the numbers."""
+    page = (ROOT / "docs" / "builders.md").read_text()
+    section = page.partition("## A whole mixed build\n")[2]
+    shown = section.partition("```text\n")[2].partition("```")[0]
+    printed = "\n".join(plain.table).replace(f"{PLAIN['zstd']} (no ninja)", "ninja 1.13")
+
+    assert outline(shown) == outline(printed)
+
+
+def outline(text: str) -> list[str]:
+    """The words of each line."""
+    words = re.sub(r"[0-9a-f]{64}|\d[\d.,]*", "", text)
+    return [" ".join(line.split()) for line in words.strip().split("\n")]
 
 
 @pytest.mark.parametrize(
