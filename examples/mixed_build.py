@@ -25,6 +25,8 @@ from mixed.foreman import WorkError, open_pool, run, workplace
 from mixed.show import Progress, as_json, as_table, verdict
 from mixed.tools import ToolError, find_tools
 
+from jobserver.makeflags import DryRun
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -109,5 +111,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except DryRun:
+        sys.exit(0)
     except (OSError, BuildError, FetchError, ToolError, WorkError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

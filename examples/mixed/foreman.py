@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from jobserver import Jobserver
-from jobserver.makeflags import NoPoolOffered, PoolUnusable
+from jobserver.makeflags import DryRun, NoPoolOffered, PoolUnusable
 from mixed.builders import Site
 from mixed.census import Census
 from mixed.jobs import Outcome, build_all
@@ -95,13 +95,18 @@ def workplace(work: Path) -> Iterator[Path]:
 
 
 def open_pool(context: str, slots: int | None, root: Path) -> Pool:
-    """The slots asked for; else those of the make that has started us, or two."""
+    """The slots asked for; else those of the make that has started us, or two.
+
+    Raises DryRun where that make is only to say what it would do.
+    """
     # All that works for us works in that folder: so it is known whom to count, and whom to stop.
     enter = functools.partial(os.chdir, root)
     if slots is not None:
         return Pool(Jobserver(context, slots, lend=True, preexec_fn=enter), slots, outer=False)
     try:
         joined = Jobserver.from_env(context, lend=True, preexec_fn=enter)
+    except DryRun:
+        raise
     except NoPoolOffered:
         return open_pool(context, SLOTS, root)
     except PoolUnusable as error:

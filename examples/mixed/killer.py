@@ -32,7 +32,6 @@ class Killer:
     def __init__(self, site: Site, part: Part, census: Census) -> None:
         self.room = site.room(part)
         self.inner = str(self.room.relative_to(site.root))
-        self.total = len(part.files)
         self.name = os.path.basename(site.tools.make.path)  # noqa: PTH119  # a name, not a path
         self.census = census
 
@@ -42,22 +41,27 @@ class Killer:
         Nobody but it knows of its compilers: they would go on without a slot. So it is stopped, and
         they end before it does.
         """
-        if not 0 < self.objects() < self.total:
+        if not (self.objects() and self.census.count()[self.room.name]):
             return None
-        makes = [one for one in self.census.inhabitants(self.inner) if one.command == self.name]
-        if not makes:
+        make = self.find()
+        if make is None:
             return None
-        (make,) = makes
         make.send(signal.SIGSTOP)
         self.await_stop(make)
-        objects = self.objects()
-        if objects == self.total or not make.is_alive():
+        objects, compilers = self.objects(), self.census.count()[self.room.name]
+        if not compilers or not make.is_alive():
             make.send(signal.SIGCONT)
             return None
-        compilers = self.census.count()[self.room.name]
         self.census.evict(self.inner, spare=make.pid)
         make.send(signal.SIGKILL)
         return Killed(make.pid, objects, compilers)
+
+    def find(self) -> Process | None:
+        """The make, if it runs."""
+        found = [one for one in self.census.inhabitants(self.inner) if one.command == self.name]
+        # A child of its own has its name until it becomes a shell.
+        pids = {one.pid for one in found}
+        return next((one for one in found if one.parent not in pids), None)
 
     def objects(self) -> int:
         """How many objects are complete."""
