@@ -27,7 +27,7 @@ PIN = re.compile(r"^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
 
 #: No dependency, no build: of an sdist that is not installed only the file is wanted.
 DOWNLOAD = (
-    *("download", "--quiet", "--disable-pip-version-check", "--no-input", "--retries=1"),
+    *("download", "--quiet", "--disable-pip-version-check", "--no-input", "--retries=3"),
     *("--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes"),
 )
 
