@@ -2,8 +2,8 @@
 # Copyright The jobserver authors
 """The build tools that tests start, where they are installed.
 
-Looked for on PATH, and in JOBSERVER_MAKES and JOBSERVER_NINJAS: paths of more versions,
-separated as in PATH.
+Looked for on PATH, beside the interpreter (where the package `ninja` puts Kitware's), and in
+JOBSERVER_MAKES and JOBSERVER_NINJAS: paths of more versions, separated as in PATH.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from typing import NamedTuple
 
 import pytest
@@ -26,12 +27,30 @@ class Tool(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{os.path.basename(self.path)}-{'.'.join(map(str, self.version))}"
+        name = self.kind + "-kitware" * self.is_kitwares
+        return f"{name}-{'.'.join(map(str, self.version))}"
+
+    @property
+    def kind(self) -> str:
+        """`make` or `ninja`."""
+        return "ninja" if "ninja" in os.path.basename(self.path) else "make"
+
+    @property
+    def is_kitwares(self) -> bool:
+        """Whether this is the ninja of Kitware, which has learnt the pipe style as well."""
+        return "kitware" in self.text
+
+    def knows(self, style: str) -> bool:
+        """Whether it can take part in a pool that is offered in this style."""
+        if self.kind == "ninja":
+            return style != "pipe" or self.is_kitwares
+        return style != "fifo" or self.version >= (4, 4)
 
 
-def _found(variable: str, names: list[str], directories: str | None = None) -> list[Tool]:
+def _found(variable: str, names: list[str]) -> list[Tool]:
     paths = os.environ.get(variable, "").split(os.pathsep)
-    paths += [shutil.which(name, path=directories) or "" for name in names]
+    paths += [shutil.which(name) or "" for name in names]
+    paths += [shutil.which(name, path=sysconfig.get_path("scripts")) or "" for name in names]
     tools: dict[tuple[tuple[int, ...], str], Tool] = {}
     for path in filter(None, paths):
         done = subprocess.run([path, "--version"], capture_output=True, text=True)

@@ -35,7 +35,7 @@ def prepare(directory: Path, text: str) -> dict[str, str]:
     for name, command in (("python", ""), ("jobserver", "-m jobserver")):
         (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
         (tools / name).chmod(0o755)
-    for ninja in ninjas():
+    for ninja in ninjas()[:1]:
         (tools / "ninja").symlink_to(ninja.path)
     env = program_environment()
     return {**env, "PATH": f"{tools}{os.pathsep}{env['PATH']}"}

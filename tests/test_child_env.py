@@ -216,7 +216,7 @@ def test_make_shares_the_slots(
     method: str, style: str, goal: str, make: Tool, tmp_path: Path, gate: Gate
 ) -> None:
     """A make in a job, and makes below it, run as many commands as there are slots, no more."""
-    if style == "fifo" and make.version < (4, 4):
+    if not make.knows(style):
         pytest.skip("this make does not know the style fifo")
     lay_out(str(tmp_path), gate.directory, 6)
     with Jobserver(method, 3) as js:
@@ -229,11 +229,13 @@ def test_make_shares_the_slots(
 
 @pytest.mark.contract("K3", "K4", "N5")
 @each_ninja()
-@by_method("style", ["auto", "fifo"])
+@by_method("style", ["auto", "fifo", "pipe"])
 def test_ninja_shares_the_slots(
     method: str, style: str, ninja: Tool, tmp_path: Path, gate: Gate
 ) -> None:
     """A ninja in a job runs as many commands as there are slots, no more."""
+    if not ninja.knows(style):
+        pytest.skip("this ninja does not know the style pipe")
     lay_out(str(tmp_path), gate.directory, 6)
     with Jobserver(method, 3) as js:
         future = js(build, ninja.path, str(tmp_path), js, style, "--quiet")

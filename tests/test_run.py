@@ -223,8 +223,7 @@ def test_interrupt_ends_the_command(js: Jobserver, gate: Gate) -> None:
 @pytest.mark.parametrize("style", ["auto", "pipe", "fifo"])
 def test_width(builder: Tool, style: str, tmp_path: Path, gate: Gate, js: Jobserver) -> None:
     """A builder runs as many commands as there are slots, and returns them all."""
-    knows = "pipe" if "ninja" in builder.path else "fifo" if builder.version < (4, 4) else ""
-    if style == {"pipe": "pipe", "fifo": "fifo"}.get(knows):
+    if not builder.knows(style):
         pytest.skip("this tool does not know the style")
     lay_out(str(tmp_path), gate.directory, 6)
 
@@ -272,7 +271,7 @@ def test_two_builders_share(builder: Tool, tmp_path: Path, gate: Gate, js: Jobse
         return js.run([builder.path], cwd=tmp_path, stdout=subprocess.DEVNULL).returncode
 
     # ninja keeps a log, which it can share with nobody.
-    runs = [Background(run) for _ in range(1 if "ninja" in builder.path else 2)]
+    runs = [Background(run) for _ in range(1 if builder.kind == "ninja" else 2)]
     others = [Background(lambda: js.run(waiter(gate), env=WITH_HELPERS)) for _ in range(2)]
     gate.await_entered(3)
     assert (len(gate.entered()), free(js)) == (3, 0)
@@ -325,6 +324,38 @@ def test_lost_and_invented_tokens_are_private(
     for _ in range(3):
         assert js.run(command).returncode == 0
         assert free(js) == 3
+
+
+SLOW_NINJA = """\
+#!{python}
+import os, time
+path = os.environ["MAKEFLAGS"].split("fifo:")[1]
+fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+taken = 0
+try:
+    while True:
+        begin = time.process_time()
+        while time.process_time() < begin + 0.1:
+            pass
+        os.read(fd, 1)
+        taken += 1
+except BlockingIOError:
+    raise SystemExit(taken)
+"""
+
+
+@pytest.mark.contract("K6")
+def test_builder_that_takes_its_time(
+    js: Jobserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is offered to a builder is left to it while it works its way to the last of it."""
+    monkeypatch.setattr("jobserver._slots._shadow._BUSY", PATIENCE)
+    ninja = tmp_path / "ninja"
+    ninja.write_text(SLOW_NINJA.format(python=sys.executable))
+    ninja.chmod(0o755)
+
+    assert js.run([ninja]).returncode == 2
+    assert free(js) == 3
 
 
 @pytest.mark.contract("K7")

@@ -140,6 +140,7 @@ class Conduct:
             if _is_builder(command):
                 self._shadow.fill(time.monotonic())
             self._popen = subprocess.Popen(command, env=env, **popen)
+        self._shadow.pid = self._popen.pid
         self._pidfd = os.pidfd_open(self._popen.pid)
         _forking.owned.add(self._pidfd)
         self._epoll.register(self._pidfd, select.EPOLLIN)

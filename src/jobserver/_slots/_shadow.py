@@ -11,7 +11,8 @@ Guarantees:
 
 * Shadow tokens in the FIFO and in the tool's hands <= leases. What the tool invents is taken out.
 * No lease is kept for a shadow token that lies idle while others could be short of slots: of more
-  than one all others go back at once, and the last one after a moment.
+  than one all others go back at once, and the last one after a moment. But a tool that has just
+  begun is left the time to take what it can: it starts a command between one token and the next.
 
 That the tool wants a token cannot be seen, only that it has taken one. So one is offered: when the
 FIFO is opened, when the last one has been taken, and from time to time if a slot is free anyway.
@@ -32,6 +33,8 @@ from ._splice import waiting_bytes
 
 # How many seconds an offered token may lie idle while no other slot is free.
 _GRACE = 0.05
+# How long a tool that has not slept since may take until it looks for them at all.
+_BUSY = 1.0
 # After how many seconds one is offered anew. A tool that has never touched the FIFO is asked at
 # ever longer intervals: it probably knows nothing of jobservers.
 _REST = 0.2
@@ -60,6 +63,11 @@ class Shadow:
         self._held = 0  # by the tool, when last looked at
         self._idle_since = now
         self._filled_until = now
+        self._filling = False
+        self._most_held = 0
+        self._busy_until = now
+        #: The tool, once there is one.
+        self.pid: Optional[int] = None
         self._rest = _REST
         self._offer_at = now + _GRACE
         with _forking.books_lock():
@@ -82,9 +90,14 @@ class Shadow:
 
     def fill(self, now: float) -> None:
         """Offer every free slot for a moment: the tool is about to look for them."""
-        self._filled_until = now + _GRACE
+        self._filling = True
+        self._keep_filled(now)
         while len(self._leases) < self._pool.slots and self.seek():
             pass
+
+    def _keep_filled(self, now: float) -> None:
+        self._filled_until = now + _GRACE
+        self._busy_until = now + _BUSY
 
     def seek(self) -> bool:
         """Take a free slot for the tool, if there is one."""
@@ -109,6 +122,10 @@ class Shadow:
             self._rest = _REST
         if held != self._held:
             self._idle_since = now
+        if held > self._most_held:
+            self._most_held = held
+            if self._filling:
+                self._keep_filled(now)
         self._held = held
         self.wake_at = None if self.watch >= 0 else now + _GRACE
         if idle:
@@ -141,7 +158,11 @@ class Shadow:
 
     def _be_modest(self, idle: int, now: float) -> None:
         self.hungry = False
-        if now < self._filled_until:
+        if self._filling:
+            if self._filled_until <= now < self._busy_until and _computes(self.pid):
+                self._filled_until = now + _GRACE
+            self._filling = now < self._filled_until
+        if self._filling:
             self._wake_at(self._filled_until)
             return
         self._give_back(idle - 1)
@@ -200,3 +221,12 @@ class Shadow:
                 self._pool.spare_watch = watched
                 return
         _forking.close(watched)
+
+
+def _computes(pid: Optional[int]) -> bool:
+    """Say whether a process runs, wants to run, or waits for a program of its own to be loaded."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            return stream.read().rpartition(b")")[2].split()[0] in (b"R", b"D")
+    except OSError:
+        return False  # not started yet, or reaped
