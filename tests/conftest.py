@@ -42,6 +42,7 @@ _STDERR = pytest.StashKey[int]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --slow, for tests that need minutes or gigabytes."""
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--kills", type=int, default=5000, help="how many, in the slow test of chaos")
     parser.addoption("--warm", action="store_true", help="let workers run any number of jobs")
 
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 import random
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,15 @@ def reap_orphans(before: set[int]) -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
+def name_of(pid: int) -> str:
+    """What a process runs."""
+    try:
+        with open(f"/proc/{pid}/comm") as stream:
+            return stream.read().strip()
+    except OSError:
+        return "gone"
+
+
 def kill(pid: int) -> None:
     """SIGKILL, unless it has just ended."""
     with contextlib.suppress(ProcessLookupError):
@@ -155,15 +165,50 @@ def census(js: Jobserver) -> tuple[int, int]:
     return js._shared.slots.free() + sum(parked), max(parked)
 
 
-def chaos(directory: Path, kills: int, seed: int) -> None:
+@contextlib.contextmanager
+def pool(kind: str, directory: Path) -> Iterator[Jobserver]:
+    """A Jobserver with SLOTS slots: its own, or those of an outer pool whose tokens all differ."""
+    if kind == "own":
+        with Jobserver("fork", SLOTS) as js:
+            yield js
+        return
+    path = directory / "outer"
+    os.mkfifo(path)
+    outer = os.open(path, os.O_RDWR)
+    os.write(outer, bytes(range(SLOTS - 1)))
+    os.environ["MAKEFLAGS"] = f" -j{SLOTS} --jobserver-auth=fifo:{path}"
+    try:
+        js = Jobserver.from_env("fork")
+    finally:
+        del os.environ["MAKEFLAGS"]
+    try:
+        with js:
+            yield js
+    finally:
+        os.close(outer)
+
+
+def tokens(js: Jobserver) -> list[bytes]:
+    """The tokens that are free, by their values; they stay where they are."""
+    found = []
+    for section in js._shared.slots.sections:
+        found.append(os.read(section.pipe, 100))
+        os.write(section.pipe, found[-1])
+    return [bytes(sorted(part)) for part in found]
+
+
+def chaos(directory: Path, kind: str, kills: int, seed: int) -> None:
     """Kill so many processes; look at all tokens now and then, and at the end."""
     (directory / "Makefile").write_text(MAKEFILE)
     chance = random.Random(seed)
     before = set(descendants())
-    with adopting(), Jobserver("fork", SLOTS) as js:
+    killed: dict[str, int] = {}
+    with adopting(), pool(kind, directory) as js:
         clients: set[int] = set()
+        all_tokens = tokens(js)
         try:
-            for count in range(kills):
+            count = 0
+            while count < kills:
                 clients = {pid for pid in clients if not has_ended(pid)}
                 while len(clients) < CLIENTS:
                     clients.add(start_client(js, chance.randrange(1 << 30), str(directory)))
@@ -173,28 +218,36 @@ def chaos(directory: Path, kills: int, seed: int) -> None:
                     # Orphans of dead clients run on; not for ever, as there is one machine only.
                     for pid in set(family) - clients:
                         kill(pid)
-                kill(chance.choice(family))
+                # A client that has not started anything yet has little to lose.
+                others = [pid for pid in family if pid not in clients]
+                choice = family if chance.random() < 0.3 else others
+                if not choice:
+                    continue
+                victim = chance.choice(choice)
+                who = "client" if victim in clients else name_of(victim)
+                killed[who] = killed.get(who, 0) + 1
+                kill(victim)
                 reap_orphans(before)
                 if count % 20 == 0:
                     with stopped(before):
                         assert census(js) in ((SLOTS, 0), (SLOTS, 1)), f"seed {seed}"
+                count += 1
         finally:
             kill_all(before)
         js._shared.slots.sweep()
-        assert js._shared.slots.free() == SLOTS, f"seed {seed}"
-        pipe = js._shared.slots.sections[0].pipe
-        tokens = os.read(pipe, 100)
-        os.write(pipe, tokens)
-        assert tokens == b"+" * SLOTS
+        assert tokens(js) == all_tokens, f"seed {seed}"
+    sys.stdout.write(f"{kind}: {kills} kills {killed}, {-(-kills // 20)} censuses, all right\n")
 
 
 @pytest.mark.contract("K7", "N5", "S18")
-def test_some_kills(tmp_path: Path) -> None:
-    """No kill, of whomever and whenever, loses a slot or makes one up."""
-    chaos(tmp_path, kills=40, seed=11)
+@pytest.mark.parametrize("kind", ["own", "joined"])
+def test_some_kills(tmp_path: Path, kind: str) -> None:
+    """No kill, of whomever and whenever, loses a slot, makes one up, or changes a token."""
+    chaos(tmp_path, kind, kills=25, seed=11)
 
 
 @pytest.mark.slow
-def test_very_many_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["own", "joined"])
+def test_very_many_kills(tmp_path: Path, kind: str, pytestconfig: pytest.Config) -> None:
     """The same for longer, and in another order each time."""
-    chaos(tmp_path, kills=5000, seed=time.time_ns())
+    chaos(tmp_path, kind, kills=pytestconfig.getoption("--kills"), seed=time.time_ns())
