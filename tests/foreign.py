@@ -81,6 +81,19 @@ def each_make() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("make", _or_skip(makes(), "GNU make"), ids=str)
 
 
+def each_make_and_style() -> pytest.MarkDecorator:
+    """Parametrise a test that takes `make` and `style`, a list of options for it."""
+    cases: list[object] = []
+    for make in makes():
+        names = ["pipe", "fifo"] if make.version >= (4, 4) else [""]
+        cases += [
+            pytest.param(make, [f"--jobserver-style={name}"] if name else [], id=f"{make}-{name}")
+            for name in names
+        ]
+    skipped = pytest.param(None, [], marks=pytest.mark.skip(reason="GNU make is not installed"))
+    return pytest.mark.parametrize(("make", "style"), cases or [skipped])
+
+
 def each_ninja() -> pytest.MarkDecorator:
     """Parametrise a test that takes `ninja`."""
     return pytest.mark.parametrize("ninja", _or_skip(ninjas(), "ninja 1.13 or later"), ids=str)

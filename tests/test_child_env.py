@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
-from foreign import Tool, build, each_make, each_ninja, lay_out, needs
+from foreign import Tool, build, each_make, each_make_and_style, each_ninja, lay_out, needs
 from helpers import (
     PATIENCE,
     Gate,
@@ -384,8 +384,10 @@ def daemon(js: Jobserver) -> int:
 
 
 @pytest.mark.contract("K4")
-@each_make()
-def test_daemon_does_not_hold_up_the_outer_make(make: Tool, tmp_path: Path) -> None:
+@each_make_and_style()
+def test_daemon_does_not_hold_up_the_outer_make(
+    make: Tool, style: list[str], tmp_path: Path
+) -> None:
     """A daemon that a job leaves behind holds no end of make's pipe."""
     (tmp_path / "program.py").write_text(
         "from jobserver import Jobserver\n"
@@ -396,7 +398,7 @@ def test_daemon_does_not_hold_up_the_outer_make(make: Tool, tmp_path: Path) -> N
     )
     (tmp_path / "Makefile").write_text("all:\n\t+@$(PYTHON) program.py\n")
     done = subprocess.run(
-        [make.path, "-j3", "--no-print-directory"],
+        [make.path, "-j3", "--no-print-directory", *style],
         cwd=tmp_path,
         env={**program_environment(), "PYTHON": sys.executable},
         stdin=subprocess.DEVNULL,

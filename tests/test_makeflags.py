@@ -13,7 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Callable
 
 import pytest
-from foreign import Tool, each_make
+from foreign import Tool, each_make, each_make_and_style
 from helpers import PATIENCE, add, free_slots, identity, program_environment
 
 import jobserver.makeflags
@@ -351,8 +351,18 @@ import os, signal, sys
 from jobserver import Jobserver
 import helpers, pathlib
 js = Jobserver.from_env(sys.argv[1])
+gate = helpers.Gate(pathlib.Path(sys.argv[2]))
+def nested():
+    for _ in range(2):
+        js(gate.enter)
+    signal.pause()
+if __name__ == "__main__" and sys.argv[3] == "nested":
+    futures = [js(nested) for _ in range(2)]
+    gate.await_entered(4)
+    for future in futures:
+        future._send(signal.SIGKILL)
+    sys.exit("Killed")
 if __name__ == "__main__":
-    gate = helpers.Gate(pathlib.Path(sys.argv[2]))
     futures = [js(gate.enter) for _ in range(4)]
     gate.await_entered(4)
     if sys.argv[3] == "all":
@@ -363,16 +373,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.contract("J6")
-@each_make()
-@pytest.mark.parametrize("who", ["all", "root"])
-def test_killed_below_make(make: Tool, who: str, tmp_path: Path, gate: Gate) -> None:
-    """After a SIGKILL of a program below make, and of its workers, make has all its tokens."""
+@each_make_and_style()
+@pytest.mark.parametrize("who", ["all", "root", "nested"])
+def test_killed_below_make(
+    make: Tool, style: list[str], who: str, tmp_path: Path, gate: Gate
+) -> None:
+    """After a SIGKILL of a program below make, or of its submitting jobs, no token is missing."""
     (tmp_path / "killed.py").write_text(KILLED)
     makefile = (
         f"all:\n\t+@$(PYTHON) killed.py fork {gate.directory} {who} || mkdir {gate.directory}/open"
     )
 
-    _, err = run_make(make, tmp_path, makefile + "\n", "-j6")
+    _, err = run_make(make, tmp_path, makefile + "\n", "-j6", *style)
 
     assert "INTERNAL" not in err
     assert "Killed" in err
