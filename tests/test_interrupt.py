@@ -12,12 +12,16 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
+    identity,
     process_state,
     run_program,
     session_members,
     started_program,
     wait_until,
 )
+from jobs_stuck import handler_of, stuck
+
+from jobserver import Jobserver, SubmissionDied
 
 if TYPE_CHECKING:
     import subprocess
@@ -168,6 +172,34 @@ def test_interrupt_of_the_whole_group(
     assert out.splitlines() == ["interrupted", "value", "1"]
     assert err.count("Traceback") == 0
     assert status == 0
+
+
+@pytest.mark.contract("F3", "F9")
+@pytest.mark.parametrize("tasks", [1, None], ids=["fresh", "warm"])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_interrupt_while_a_worker_imports(
+    method: str, tasks: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT ends a worker that has yet to import its job, also inside a weak reference's call."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # or it may be ignored
+    try:
+        with Jobserver(method, 1, max_tasks_per_child=tasks) as js:
+            assert js.submit(identity, args=(1,)).result(PATIENCE) == 1  # the server is there
+            monkeypatch.setenv("STUCK_IN", str(tmp_path))
+            # Another handle: a new worker, which imports that module.
+            with Jobserver(method, 1, max_tasks_per_child=tasks) as other:
+                future = other.submit(stuck)
+                wait_until((tmp_path / "stuck").exists, "the import")
+                assert future.wait(PATIENCE, signal=signal.SIGINT)
+                with pytest.raises(SubmissionDied):
+                    future.result()
+                monkeypatch.delenv("STUCK_IN")
+                # The handler of a job is that of any program.
+                handler = other.submit(handler_of, args=(signal.SIGINT,)).result(PATIENCE)
+                assert handler == "default_int_handler"
+    finally:
+        signal.signal(signal.SIGINT, before)
+        (tmp_path / "go on").touch()
 
 
 UNCAUGHT = """

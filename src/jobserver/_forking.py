@@ -99,7 +99,7 @@ def streams_held() -> Iterator[None]:
     Keep the numbers 0, 1 and 2 from being given to other files meanwhile.
 
     Where the program has closed them, multiprocessing could start nothing: its own pipe would get
-    them.
+    them. To be called with signals deferred.
     """
     held: list[int] = []
     try:

@@ -19,7 +19,7 @@ from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
 
 from . import _zygote
-from ._command import start_interpreter
+from ._command import UNTIL_JOB, start_interpreter
 from ._fork import open_pidfd
 from ._hand_over import hand_over
 from ._pickling import Pickled, pickle_task
@@ -80,8 +80,8 @@ class RemoteLauncher:
         else:
             told.update(foundations())
         # One tracker for the whole tree, else a worker's would unlink what it made at its end.
-        # A fork must not find the tracker's own lock held.
-        with _forking.books_lock(), _forking.streams_held():
+        # A fork must not find the tracker's own lock held, nor Ctrl-C leave a descriptor.
+        with deferred(), _forking.books_lock(), _forking.streams_held():
             tracker: Any = resource_tracker.getfd()
         seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
         told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)
@@ -108,6 +108,6 @@ class RemoteLauncher:
 
 
 def _spawn(theirs: socket.socket, ours: socket.socket) -> Started:
-    pid = start_interpreter("jobserver._worker._remote", [theirs.fileno()])
+    pid = start_interpreter("jobserver._worker._remote", [theirs.fileno()], UNTIL_JOB)
     pidfd = open_pidfd(pid)
     return Started(pid, pidfd, ours.fileno(), lambda: child_exit_status(pidfd))

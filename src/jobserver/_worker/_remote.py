@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NoReturn, Optional
 
@@ -39,6 +40,7 @@ def serve(
         told: What the zygote knew; None without a zygote.
         failure: Why the zygote could not import the main module, if so.
     """
+    until_job = signal.getsignal(signal.SIGINT)
     sock = adopt(channel)
     try:
         fds = receive_fds(sock)
@@ -62,11 +64,17 @@ def serve(
     del frame
 
     def call() -> Any:
-        if failure is not None:
-            raise failure
-        _prepare(changed, told or {})
-        habitat.accept()
-        return load(task.take()).run()
+        try:
+            if failure is not None:
+                raise failure
+            _prepare(changed, told or {})
+            habitat.accept()
+            job = load(task.take())
+        finally:
+            # Unless importing main has chosen another handler, or it is ignored.
+            if callable(until_job) and signal.getsignal(signal.SIGINT) is until_job:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        return job.run()
 
     Worker(channel, next_jobs).work(call)
 

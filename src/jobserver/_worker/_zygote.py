@@ -28,6 +28,7 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from multiprocessing import process, spawn, util
+from types import FrameType
 from typing import Any, NoReturn, Optional
 
 # All that a worker needs is imported here, once, so that no worker has to.
@@ -78,6 +79,11 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     gc.collect()
     gc.freeze()
     _Zygote(server, door, alive, failure, told, threaded=threaded).serve()
+
+
+def _end(number: int, frame: Optional[FrameType]) -> None:  # noqa: ARG001
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -270,7 +276,7 @@ class _Zygote:
                 client.sock.close()
             for fd in self._children:
                 os.close(fd)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _end)  # until its job is there, see `UNTIL_JOB`
             inherit_door(self._door, self._told)
             serve(channel, self._told, self._failure)
         except BaseException as error:  # noqa: BLE001
