@@ -91,10 +91,44 @@ def pid_of(_number: int) -> int:
     return os.getpid()
 
 
-def note_and_return(path: str, value: int) -> int:
+def note_and_return(path: str, value: int, padding: bytes = b"") -> int:
     """Leave a line, so that it can be told which inputs were worked on."""
     append(path, str(value))
     return value
+
+
+def note_and_hold(gate: Gate, path: str, value: int) -> int:
+    """Leave a line and, but for the first, stand at the gate."""
+    append(path, str(value))
+    if value:
+        gate.enter()
+    return value
+
+
+def push(values: list[int], value: int) -> list[int]:
+    """Return a list that has been added to."""
+    values.append(value)
+    return values
+
+
+def set_variable(name: str, value: str) -> None:
+    """Set a variable that nobody else has set."""
+    if name in os.environ:
+        raise KeyError(name)
+    os.environ[name] = value
+
+
+def leave_thread(path: str, value: int) -> int:
+    """Return while a thread of this process has still something to write."""
+
+    def write() -> None:
+        returned.wait()
+        append(path, f"{value} {os.getpid()}")
+
+    returned = threading.Event()
+    threading.Thread(target=write).start()
+    threading.Timer(0.01, returned.set).start()
+    return os.getpid()
 
 
 def hold(gate: Gate, value: Any) -> Any:

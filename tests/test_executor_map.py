@@ -11,10 +11,10 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
-from executor_jobs import hold, in_threads, make_weighty, note_and_return, pid_of
+from executor_jobs import hold, in_threads, make_weighty, note_and_hold, pid_of
 from helpers import PATIENCE, Gate, add, identity, lines, wait_until
 from jobs import fail_for, slow_for
 
@@ -142,19 +142,24 @@ def test_endless_input_with_infinite_others() -> None:
 
 
 @pytest.mark.contract("E5")
-def test_leaving_early_cancels_what_is_pending(tmp_path: Path, gate: Gate) -> None:
+def test_leaving_early_cancels_what_is_pending(
+    tmp_path: Path, make_gate: Callable[[], Gate]
+) -> None:
     """An iterator that is closed, or collected, cancels the calls that have not started."""
     log = tmp_path / "log"
     with JobserverExecutor(1, "fork") as executor:
         for leave in ("close", "drop"):
-            found: Any = executor.map(note_and_return, [str(log)] * 50, range(50))
+            gate = make_gate()
+            found: Any = executor.map(note_and_hold, [gate] * 50, [str(log)] * 50, range(50))
             assert next(found) == 0
+            gate.await_entered(1)
             if leave == "close":
                 found.close()
             del found
             gc.collect()
             wait_until(lambda: "pending=0" in repr(executor), "the pending calls to be cancelled")
-    assert len(lines(log)) < 50
+            gate.open()
+    assert lines(log) == ["0", "1"] * 2
 
 
 @pytest.mark.contract("E5")

@@ -126,7 +126,7 @@ def test_workers_killed_at_any_instant(method: str, seed: int, tmp_path: Path) -
 
     def kill() -> None:
         while not stop.wait(chance.uniform(0.001, 0.02)):
-            for job in list(executor._engine._running):
+            for job in list(executor._engine._runs.jobs):
                 if chance.random() < 0.5:
                     job._send(signal.SIGKILL)
 

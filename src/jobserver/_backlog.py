@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Callable, ContextManager, NamedTuple, Optional
 
 from ._check import check_pause
@@ -51,15 +52,36 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, promise: Promise[Any], call: Call) -> None:
-        """Put a call at the end."""
+    def __contains__(self, promise: Promise[Any]) -> bool:
+        return promise in self._calls
+
+    def peek(self, count: int) -> list[tuple[Promise[Any], Call]]:
+        """Return the first so many, which stay where they are."""
         with deferred(), self.lock:
-            self._calls[promise] = call
+            return list(islice(self._calls.items(), count))
+
+    def put_back(self, calls: list[tuple[Promise[Any], Call]]) -> None:
+        """Put calls, in their order, ahead of all others."""
+        with deferred(), self.lock:
+            for promise, call in reversed(calls):
+                self._calls[promise] = call
+                self._calls.move_to_end(promise, last=False)
+
+    def add(self, promise: Promise[Any], call: Call) -> bool:
+        """Put a call at the end, under the lock; says whether it is the only one."""
+        self._calls[promise] = call
+        return len(self._calls) == 1
 
     def remove(self, promise: Promise[Any]) -> bool:
         """Take a promise out, wherever it is; False if somebody else has."""
         with deferred(), self.lock:
             return self._calls.pop(promise, None) is not None
+
+    def cut_off(self, promises: list[Promise[Any]]) -> None:
+        """Take out what is there."""
+        with deferred(), self.lock:
+            for promise in promises:
+                del self._calls[promise]
 
     def cut(self, keep: int) -> list[Promise[Any]]:
         """Take out all but the first ``keep``; the first of these is the last returned."""

@@ -12,9 +12,13 @@ Ctrl-C in a job, which the standard library hands through as they are.
 from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Optional
 
 from ._errors import SubmissionDied, Untransferable
+from ._worker._initialize import InitializerFailed
+
+#: Why an executor goes on no more whose initializer has failed.
+BROKEN = "an initializer has failed: the executor is broken"
 
 
 class WorkerDied(SubmissionDied, BrokenProcessPool):
@@ -30,6 +34,18 @@ class WorkerExited(WorkerDied, SystemExit):
 
 class WorkerInterrupted(WorkerDied, KeyboardInterrupt):
     """Ctrl-C has reached the job: can be caught as KeyboardInterrupt, too."""
+
+
+def broken(why: str, cause: Optional[BaseException]) -> BrokenProcessPool:
+    """Return what everybody is told by an executor that goes on no more."""
+    failure = BrokenProcessPool(why)
+    failure.__cause__ = cause
+    return failure
+
+
+def broken_by(failure: InitializerFailed) -> BrokenProcessPool:
+    """Return the same where an initializer is to blame."""
+    return broken(BROKEN, failure.__cause__)
 
 
 def of_start(error: BaseException) -> BaseException:

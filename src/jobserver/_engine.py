@@ -7,8 +7,9 @@ Guarantees:
 
 * The thread never refers to the executor itself, so an executor that is dropped is collected, and
   its thread ends when its work is done.
-* A call is pending, and can be cancelled, until a slot has been taken for it. Whoever takes it out
-  of what is pending, and nobody else, settles its promise.
+* A call is pending, and can be cancelled, until a slot has been taken for it; in the queue of the
+  workers (``_calls``), until one begins it. Whoever takes it out of what is pending, and nobody
+  else, settles its promise.
 * The thread issues no callbacks registered with ``Jobserver`` futures: those of a shared Jobserver
   belong to the threads of whoever registered them.
 * ``stop`` and ``forget`` take no lock that their caller may hold, as the garbage collector calls
@@ -22,37 +23,30 @@ waits for ends, and the waiting thread goes on when the job holds a slot again (
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
-from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 from . import _forking
 from ._backlog import Backlog, Call
-from ._casualty import of_end, of_start
+from ._casualty import BROKEN, broken, of_start
+from ._engines import engines, interpreter_ends
 from ._errors import shown
-from ._future import Future
 from ._patience import Patience
 from ._promise import Promise
+from ._runs import Runs
 from ._signals import deferred, outside, stand_aside, step_back
 from ._slots._lease import Lease
 from ._wakeup import Wakeup
-from ._worker._initialize import Initializer, InitializerFailed
-from ._worker._task import Task
+from ._worker._initialize import Initializer
 
 if TYPE_CHECKING:
     from ._jobserver import Jobserver
 
 _TICK = 0.2
 _LINGER = 5.0
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_ended_in: Optional[int] = None  # the process whose interpreter has begun to end
 
 
 class Engine:
@@ -68,15 +62,12 @@ class Engine:
         self._foreign = False  # made by the process that this one was forked from
         self._shared = jobserver._shared
         self._patience = Patience(jobserver)
-        self._initializer = initializer
         self._owns = owns
         self._backlog = Backlog(jobserver._sleep_fn)
-        # Guarded by the lock of the reactor; None for a promise that is already broken.
-        self._running: dict[Future[Any], Optional[Promise[Any]]] = {}
-        self._sink: deque[Future[Any]] = deque()
+        self._runs = Runs(jobserver, initializer, self._backlog, self._patience)
+        self._sink = self._runs.sink
         self._lease: Optional[Lease] = None
         self.cancelling = False  # what finds no slot at once
-        self._signal: Optional[int] = None
         self._wakeup: Optional[Wakeup] = None
         self._thread: Optional[threading.Thread] = None
         # Guards that there is one thread. Finalizers take the lock of the backlog, and this not; so
@@ -93,13 +84,16 @@ class Engine:
             promise: Promise[Any] = Promise(self)
             wakeup = self._wakeup or Wakeup(self._shared.reactor)
             try:
-                with deferred(), self._backlog.lock:
+                with self._backlog.lock:
                     self._refuse(more=more and threading.current_thread() is self._thread)
                     self._wakeup = wakeup
-                    alone = not self._backlog
-                    self._backlog.add(promise, call)
+                    at_once = self._thread is not None and self._runs.begin_at_once(call)
+                    alone = not at_once and self._backlog.add(promise, call)
                 if self._thread is None:
                     self._start()
+                elif at_once:
+                    if not self._runs.start_at_once(promise, call):
+                        wakeup.ring()
                 elif alone:
                     wakeup.ring()
             except BaseException:
@@ -107,6 +101,8 @@ class Engine:
                 if self._thread is None:
                     self._wakeup = None
                     wakeup.close()
+                else:
+                    wakeup.ring()
                 raise
         return promise
 
@@ -115,7 +111,7 @@ class Engine:
             raise BrokenProcessPool(self.broken)
         if more and not self.cancelling:
             return
-        if _ended_in == os.getpid():
+        if interpreter_ends():
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self.stopping:
             raise RuntimeError("cannot schedule new futures after shutdown")
@@ -139,7 +135,7 @@ class Engine:
         with deferred():  # else Ctrl-C could leave a thread running that nobody knows of
             thread.start()
             self._thread = thread
-            _engines.add(self)
+            engines.add(self)
 
     def stop(self, *, cancel: bool = False, start: bool = True) -> None:
         """
@@ -157,6 +153,7 @@ class Engine:
             self.stopping = True
             if cancel:
                 self.cancelling = True
+                self._runs.recall()
                 dropped = self._backlog.cut(keep)
             wakeup = self._wakeup
         if wakeup is not None:
@@ -182,10 +179,15 @@ class Engine:
 
     def forget(self, promise: Promise[Any]) -> bool:
         """Drop a call that was cancelled; True if it was pending, so that it is the caller's."""
-        if self._is_foreign() or not self._backlog.remove(promise):
+        if self._is_foreign() or not self._runs.forget(promise):
             return False
         self._look_around()  # it may have been the last one, or the one that sleep_fn held up
         return True
+
+    def look_up(self) -> None:
+        """See which calls are running by now."""
+        if not self._is_foreign():
+            self._runs.look_up()
 
     def awaiting(self, target: object) -> ContextManager[None]:
         """Return the context in which to wait without a timeout for a promise, or for the end."""
@@ -195,11 +197,7 @@ class Engine:
         """Send a signal to each worker, also to one that is about to start."""
         if self._is_foreign():
             return
-        self._signal = number
-        with deferred(), self._shared.reactor.lock:
-            jobs = list(self._running)
-        for job in jobs:
-            job._send(number)
+        self._runs.send(number)
 
     def _look_around(self) -> None:
         wakeup = self._wakeup
@@ -208,7 +206,7 @@ class Engine:
 
     def counts(self) -> tuple[int, int]:
         """Return how many calls are pending and running."""
-        return len(self._backlog), len(self._running)
+        return self._runs.counts()
 
     # The thread
 
@@ -231,7 +229,7 @@ class Engine:
     def _over(self) -> bool:
         if not self.stopping and self.broken is None:
             return False
-        return not (self._backlog or self._running)
+        return not (self._backlog or self._runs)
 
     def _wait(self) -> bool:
         """Wait until there is something to do; says whether a slot was looked for meanwhile."""
@@ -239,21 +237,24 @@ class Engine:
         assert wakeup is not None  # noqa: S101  # made before the thread
         head = self._backlog.head()
         arm = (wakeup.fileno(), *self._patience.filenos())
-        if head is not None and head.admitted:
+        look_at = self._runs.next_look()
+        if (head is None or head.admitted) and self._runs.wanted():
             reactor.wait(
                 self._found,
-                None,
+                look_at,
                 target=self._sink,
                 arm=(*arm, *reactor.slots.filenos()),
                 tick=_TICK,
                 on_tick=reactor.slots.sweep,
                 keep=True,
             )
-        else:
-            # An endless pause (inf) is slept in days, which epoll can count.
-            alarm = None if head is None else min(head.asks_at, time.monotonic() + 86400)
-            tick = None if head is None else _TICK
-            reactor.wait(self._due, alarm, target=self._sink, arm=arm, tick=tick, keep=True)
+            return True
+        asks_at = None if head is None or head.admitted else head.asks_at
+        alarms = [alarm for alarm in (asks_at, look_at) if alarm is not None]
+        # An endless pause (inf) is slept in days, which epoll can count.
+        alarm = min(*alarms, time.monotonic() + 86400) if alarms else None
+        tick = None if head is None else _TICK
+        reactor.wait(self._due, alarm, target=self._sink, arm=arm, tick=tick, keep=True)
         return head is not None
 
     def _starve(self, error: OSError) -> None:
@@ -269,28 +270,37 @@ class Engine:
         wakeup = self._wakeup
         if self._sink or (wakeup is not None and wakeup.rung):
             return True
-        return self._shared.closed and bool(self._backlog)
+        return self._shared.closed and self._runs.wanted()
 
     def _found(self) -> bool:
         due = self._due()
-        if self._backlog and not self._shared.closed:
+        wanted = self._runs.wanted()
+        if wanted and not self._shared.closed:
             self._lease = self._shared.reactor.crew.try_take() or self._patience.lend()
-        return due or self._lease is not None or not self._backlog or self.cancelling
+        return due or self._lease is not None or not wanted or self.cancelling
 
     def _turn(self, sought: bool) -> None:
         if self._wakeup is not None:
             self._wakeup.quiet()
         lease, self._lease = self._lease, None
+        if lease is None:
+            lease = self._take_free()
         found = lease is not None
         while lease is not None:
-            self._launch(lease)
+            self._runs.fill()
+            self._runs.start(lease)
             lease = self._take_free()
+        self._runs.fill()
         self._shared.reactor.unload()  # what follows is code of the user's
         while self._sink:
-            self._complete(self._sink.popleft())
+            failure = self._runs.complete(self._sink.popleft())
+            if failure is not None:
+                self._break(BROKEN, failure.__cause__)
+        self._runs.look()
         if found:
             pass
         elif self._shared.closed:
+            self._runs.recall()
             self._backlog.fail_all(RuntimeError("Jobserver is closed"))
         elif self.cancelling and sought:
             self.stop(cancel=True, start=False)
@@ -298,7 +308,9 @@ class Engine:
     def _take_free(self) -> Optional[Lease]:
         """Take a slot for the next call, if there is one at this instant for both."""
         head = self._backlog.head()
-        if head is None or not head.admitted or self._shared.closed:
+        if (head is not None and not head.admitted) or self._shared.closed:
+            return None
+        if not self._runs.wanted():
             return None
         with deferred(), self._shared.reactor.lock:
             try:
@@ -306,75 +318,11 @@ class Engine:
             except OSError:  # there is no descriptor for it; who waits for a slot tells
                 return None
 
-    def _launch(self, lease: Lease) -> None:
-        """Start the next call on ``lease``."""
-        found = self._backlog.take()
-        if found is None:
-            self._shared.admission.give_back(lease, unheard=True)
-            return
-        promise, call = found
-        try:
-            with call.handed_over():
-                job = self._shared.start(
-                    self._task(call), [lease], lends=self.jobserver._lend, sink=self._sink
-                )
-        except BaseException as error:  # noqa: BLE001
-            promise.resolve(None, of_start(error))
-            return
-        with deferred(), self._shared.reactor.lock:
-            self._running[job] = promise
-            promise.job = job
-            self._patience.started(promise)
-        if self._signal is not None:
-            job._send(self._signal)
-
-    def _task(self, call: Call) -> Task:
-        js = self.jobserver
-        worker_side = js._worker_side(None, None)
-        if self._initializer is not None:
-            return Task(*call[:3], *worker_side, self._initializer)
-        return Task(*call[:3], *worker_side)
-
-    def _complete(self, job: Future[Any]) -> None:
-        # A very short job may be in the sink before `start` has returned; that is this thread, so
-        # it is in `_running` by the time the sink is looked at.
-        with deferred(), self._shared.reactor.lock:
-            promise = self._running.pop(job)
-            if promise is not None:
-                self._patience.ended(promise)
-        outcome = job._outcome
-        assert outcome is not None  # noqa: S101  # that is what being in the sink means
-        if promise is None:
-            return
-        try:
-            value = outcome.get()
-        except BaseException as error:  # noqa: BLE001
-            # The traceback leads to this frame, and that to what refers to the error.
-            error.__traceback__ = None
-            if isinstance(error, InitializerFailed):
-                why = "an initializer has failed: the executor is broken"
-                promise.resolve(None, _broken(why, error.__cause__))
-                self._break(why, error.__cause__)
-            else:
-                promise.resolve(None, of_end(error, died=outcome.died))
-        else:
-            promise.resolve(value)
-
     def _break(self, why: str, error: Optional[BaseException]) -> None:
         """Fail everything. The thread goes on until the workers are gone."""
         with deferred(), self._backlog.lock:
             self.broken = why
-        with deferred(), self._shared.reactor.lock:
-            running = list(self._running.items())
-            self._running = dict.fromkeys(self._running)
-            for _, promise in running:
-                if promise is not None:
-                    self._patience.ended(promise)
-        for job, promise in running:
-            job._send(SIGKILL)
-            if promise is not None:
-                promise.resolve(None, _broken(why, error))
-        self._backlog.fail_all(_broken(why, error))
+        self._runs.fail_all(lambda: broken(why, error))
 
     def _close(self) -> None:
         lease, self._lease = self._lease, None
@@ -382,6 +330,7 @@ class Engine:
             self._shared.admission.give_back(lease, unheard=True)
         if self._wakeup is not None:
             self._wakeup.close()
+        self._runs.close()
         if self._owns:
             self._shared.reactor.dissolve()
             self._shared.reactor.reap_lingering(_LINGER)
@@ -393,27 +342,4 @@ class Engine:
         self._backlog.lock = threading.RLock()
         self._starting = threading.RLock()
         self._thread = None
-        _engines.discard(self)
-
-
-def _broken(why: str, cause: Optional[BaseException]) -> BrokenProcessPool:
-    failure = BrokenProcessPool(why)
-    failure.__cause__ = cause
-    return failure
-
-
-def _at_exit() -> None:
-    """Let all executors finish before threads are joined, as the standard library does."""
-    global _ended_in  # noqa: PLW0603
-    _ended_in = os.getpid()
-    if _forking.stale():
-        return  # what there is is the parent's
-    engines = list(_engines)
-    for engine in engines:
-        engine.stop()
-    for engine in engines:
-        engine.join()
-
-
-_at_end: Any = threading
-_at_end._register_atexit(_at_exit)
+        engines.discard(self)

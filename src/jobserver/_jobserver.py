@@ -220,6 +220,10 @@ class Jobserver(Commands):
             chosen = Announcing(self._shared, self._makeflags, chosen)
         return changes, chosen
 
+    def _is_plain(self) -> bool:
+        """Say whether nothing is to be done before a submission by itself."""
+        return not (self._env or self._preexec_fn or self._sleep_fn or self._makeflags)
+
     def map(
         self,
         fn: Callable[..., T],

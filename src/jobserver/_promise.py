@@ -16,7 +16,10 @@ import contextlib
 import sys
 import threading
 from concurrent.futures import Future as StdFuture
+from concurrent.futures._base import CANCELLED, PENDING, RUNNING
 from typing import TYPE_CHECKING, Any, ContextManager, Optional, TypeVar
+
+from ._signals import deferred
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -34,21 +37,50 @@ class Promise(StdFuture[T]):
     ``as_completed`` do not.
     """
 
+    # Of the class, as most promises never need another value.
+    job: Optional[Future[Any]] = None  # while running
+    # What the sleep_fn of the Jobserver has said about this call.
+    admitted = False
+    asks_at = 0.0
+    # In the queue from which workers take calls; 0 outside of it (see ``_calls``).
+    number = 0
+    alone = False  # it is no call for there
+
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine: Optional[Engine] = engine  # until done
-        self.job: Optional[Future[Any]] = None  # while running
-        # What the sleep_fn of the Jobserver has said about this call.
-        self.admitted = False
-        self.asks_at = 0.0
 
     def cancel(self) -> bool:
         """Cancel the call, unless it is running or done; says whether it is cancelled now."""
-        cancelled = super().cancel()
         engine = self.engine
-        if cancelled and engine is not None and engine.forget(self):
-            self.told()
-        return cancelled
+        if engine is None or self.done():
+            return super().cancel()
+        with deferred():  # else Ctrl-C could leave a call that is nowhere and not cancelled
+            mine = engine.forget(self)
+            if mine:
+                with self._condition:
+                    self._state = CANCELLED
+                    self._condition.notify_all()
+        if not mine:
+            # A worker has it; or it is about to be started, or to be cancelled by somebody else.
+            return self.cancelled() if self.number else super().cancel()
+        private: Any = self
+        private._invoke_callbacks()
+        self.told()
+        return True
+
+    def running(self) -> bool:
+        """Say whether the call is being made."""
+        engine = self.engine
+        if self.number and engine is not None:
+            engine.look_up()
+        return super().running()
+
+    def begin(self) -> None:
+        """A worker has begun with the call: become running, unless it is done by now."""
+        with self._condition:
+            if self._state == PENDING:
+                self._state = RUNNING
 
     def drop(self) -> None:
         """Cancel the call, which is no more pending, and tell those who wait for it."""
@@ -76,7 +108,9 @@ class Promise(StdFuture[T]):
             args: Any = (kind, caught, traceback, threading.current_thread())
             threading.excepthook(threading.ExceptHookArgs(args))
         finally:
-            self.engine = self.job = None
+            self.engine = None
+            if self.job is not None:
+                self.job = None
 
     def result(self, timeout: Optional[float] = None) -> T:
         """Return what the call returned, or raise what it raised; TimeoutError if not in time."""

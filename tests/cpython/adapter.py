@@ -100,7 +100,7 @@ class ProcessPoolExecutor(JobserverExecutor):
         found = {}
         reactor = engine._shared.reactor
         with reactor.lock:
-            running = [reactor.running.get(job) for job in engine._running]
+            running = [reactor.running.get(job) for job in engine._runs.jobs]
             for flight in [*running, *reactor.crew._resting]:
                 if flight is not None:
                     with contextlib.suppress(ProcessLookupError):

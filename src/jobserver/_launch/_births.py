@@ -12,6 +12,7 @@ not looked at, and other modules are taken for finished once they are imported.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,21 +33,25 @@ def birth(task: Task) -> int:
 
 def younger(task: Task, born: int) -> bool:
     """Say whether what a job refers to may be younger than the worker of that number."""
-    found = False
-    things: list[Any] = [task.fn, *task.args]
-    for thing in things:
+    return youth(task.fn, task.args) >= born
+
+
+def youth(fn: Any, args: tuple[Any, ...]) -> float:
+    """Return the number of the youngest worker that may be too old for a call; -1 for none."""
+    found: float = -1
+    for thing in (fn, *args):
         while isinstance(thing, partial):
             thing = thing.func  # noqa: PLW2901
         if getattr(thing, "__module__", None) == "__main__":
-            found = _is_younger(thing, born) or found
+            found = max(found, _youth_of(thing))
     return found
 
 
-def _is_younger(thing: Any, born: int) -> bool:
+def _youth_of(thing: Any) -> float:
     thing = getattr(thing, "__func__", thing)
     if not (isinstance(thing, type) or hasattr(thing, "__code__")):
         thing = type(thing)
     try:
-        return _first.setdefault(thing, _births) >= born
+        return _first.setdefault(thing, _births)
     except TypeError:  # of a metaclass that makes no hash
-        return True
+        return math.inf

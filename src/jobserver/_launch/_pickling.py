@@ -10,7 +10,9 @@ Here that is us.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from multiprocessing.context import get_spawning_popen, set_spawning_popen
 from typing import Any, NamedTuple
 
@@ -66,6 +68,31 @@ def _text_of(error: Exception) -> str:
         return str(error)
     except Exception:  # noqa: BLE001  # of the user's
         return shown(error)
+
+
+class _Refusing:
+    """Stands in for it where no descriptors can go along."""
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Refuse."""
+        raise TypeError(f"descriptor {fd} cannot go along")
+
+    def DupFd(self, fd: int) -> Any:  # noqa: N802  # multiprocessing's name
+        """Refuse; without this, multiprocessing would offer it on a socket of its own."""
+        raise TypeError(f"descriptor {fd} cannot go along")
+
+
+@contextlib.contextmanager
+def refusing_descriptors() -> Iterator[None]:
+    """Meanwhile what refers to descriptors cannot be pickled by this thread."""
+    _guard_locks()
+    refusing: Any = _Refusing()
+    outer = get_spawning_popen()
+    set_spawning_popen(refusing)
+    try:
+        yield
+    finally:
+        set_spawning_popen(outer)
 
 
 def _guard_locks() -> None:

@@ -35,8 +35,10 @@ class Small:
         stream = self._stream
         stream.seek(0)
         stream.truncate()
-        self._pickler.clear_memo()
-        self._pickler.dump(value)
+        try:
+            self._pickler.dump(value)
+        finally:
+            self._pickler.clear_memo()  # which refers to all that was pickled
         return stream.getvalue()
 
 

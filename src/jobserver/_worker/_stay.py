@@ -39,6 +39,11 @@ def accept() -> None:
         _here.accept()
 
 
+def tidy() -> bool:
+    """Undo what a job has left that was not the last one; False if that cannot be."""
+    return _here is not None and _here.tidy()
+
+
 def inhabit(habitat: Habitat) -> None:
     """In a worker that stays: state what its jobs are to find."""
     global _here  # noqa: PLW0603
