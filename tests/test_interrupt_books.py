@@ -117,7 +117,7 @@ def test_slot_that_was_just_taken_is_free_in_the_handler(
 def test_slot_between_taking_and_starting(
     tasks: int | None, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted when the slot is taken and the job not begun, submit gives both back at once."""
+    """Interrupted when the slot is taken, submit gives it back at once, or to the job it starts."""
     with Jobserver("fork", 1, max_tasks_per_child=tasks) as js:
         js.submit(nothing).wait(PATIENCE)
         for _ in range(2):
@@ -126,6 +126,9 @@ def test_slot_between_taking_and_starting(
             try:
                 raise caught.value
             except Interrupted:
+                started = [*js._shared.reactor.running]
+                assert len(started) == (0 if tasks == 1 else 1)
+                assert all(future.wait(PATIENCE) for future in started)
                 assert js.submit(nothing, timeout=0).wait(PATIENCE)
         settle(js)
         assert free_slots(js, gate) == 1

@@ -88,6 +88,8 @@ class Admission:
         """
         Wait for a slot for a child; a job without a deadline lends its own if there is no other.
 
+        The caller has reaped just before.
+
         Args:
             taken: Where to put it: the caller's, who gives back what is there if anything is raised
                 before somebody else has it. Ctrl-C could come between two bytecodes, so that what
@@ -135,6 +137,7 @@ class Admission:
                 return False
             return not own.consumes or not reactor.lends_below() or own.heard()
 
+        looked = True  # whoever seeks a slot has just reaped
         try:
             while True:
                 issue_due(reactor)
@@ -145,6 +148,7 @@ class Admission:
                     arm=bell.arm(arm) if lends else arm,
                     tick=TICK,
                     on_tick=slots.sweep,
+                    looked=looked,
                 ):
                     if taken or over():
                         return
@@ -152,6 +156,7 @@ class Admission:
                         bell.ring()
                 elif not slots.sweep():
                     raise Blocked("no slot was free within the timeout")
+                looked = False
         finally:
             bell.hush()
 
@@ -246,16 +251,20 @@ class Admission:
             deadline: The ``time.monotonic`` instant at which to give up.
             early: Asked now and then (under the lock) whether to go on already.
         """
-        if early is None:
-            return self._wait(lambda: future._outcome is not None, deadline, future)
-        ask = early
-        return self._wait(
-            lambda: future._outcome is not None or ask(), deadline, future, tick=_GLANCE
-        )
+        if future._outcome is not None and not self.reactor.ready:
+            return True
+        with deferred():
+            if early is None:
+                return self._wait(lambda: future._outcome is not None, deadline, future)
+            ask = early
+            return self._wait(
+                lambda: future._outcome is not None or ask(), deadline, future, tick=_GLANCE
+            )
 
     def wait_for_all(self) -> None:
         """Wait until nothing is in flight; issues callbacks meanwhile."""
-        self._wait(lambda: not self.reactor.running, None, None)
+        with deferred():
+            self._wait(lambda: not self.reactor.running, None, None)
 
     def _wait(
         self,
@@ -273,10 +282,13 @@ class Admission:
         def test_or_heard() -> bool:
             return test() or own.heard()
 
-        reactor.reap()
+        # Without a deadline the wait begins with a poll that tells all that reaping would.
+        looked = True
+        if deadline is not None:
+            reactor.reap()
         while True:
             issue_due(reactor)
-            with deferred(), reactor.lock:
+            with reactor.lock:
                 if over():
                     return True
                 lend = can_lend and (self._lends(future) or own.heard())
@@ -285,9 +297,12 @@ class Admission:
             elif can_lend:
                 bell = own.bell()
                 arm = (bell,) if bell >= 0 else ()
-                reactor.wait(test_or_heard, None, target=future, arm=arm, tick=tick)
-            elif not reactor.wait(test, deadline, target=future, tick=tick):
+                reactor.wait(
+                    test_or_heard, None, target=future, arm=arm, tick=tick, looked=looked
+                )
+            elif not reactor.wait(test, deadline, target=future, tick=tick, looked=looked):
                 return False
+            looked = False
 
     def _lends(self, future: Optional[Future[Any]]) -> bool:
         if future is not None:

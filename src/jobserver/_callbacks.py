@@ -18,7 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Optional
 
 from ._errors import CallbackRaised
-from ._signals import deferred
+from ._signals import deferred, lifted
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -50,7 +50,8 @@ def issuing() -> bool:
 def issue_due(reactor: Reactor) -> None:
     """Issue all callbacks that are due; raises CallbackRaised for the first that fails."""
     if reactor.ready and not _issuing.active:
-        _issue(reactor, None)
+        with lifted():
+            _issue(reactor, None)
 
 
 def issue_now(future: Future[Any]) -> None:

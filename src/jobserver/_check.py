@@ -68,6 +68,8 @@ def check_callable(name: str, fn: Any) -> None:
 
 def check_args(args: Any) -> tuple[Any, ...]:
     """Return positional arguments as a tuple."""
+    if type(args) is tuple:
+        return args
     try:
         iterator = iter(args)
     except TypeError:
@@ -77,6 +79,8 @@ def check_args(args: Any) -> tuple[Any, ...]:
 
 def check_kwargs(kwargs: Any) -> dict[str, Any]:
     """Return keyword arguments as a plain dict; any Mapping will do."""
+    if type(kwargs) is dict and not kwargs:
+        return {}
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"kwargs must be a mapping, not {type(kwargs).__name__}")
     found = dict(kwargs)

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 
 from . import _forking
+from ._signals import lifted
 from ._wire import IOV_MAX, Buffer, Pieces, write_all
 
 # The kernel takes at most 253 in one message (SCM_MAX_FD).
@@ -92,6 +93,9 @@ def _send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer])
         pieces = ()
     while True:
         try:
+            if not (fds or pieces):
+                sent = sock.send(head, socket.MSG_NOSIGNAL)
+                break
             sent = sock.sendmsg([head, *pieces[: IOV_MAX - 1]], ancillary, socket.MSG_NOSIGNAL)
             break
         except BlockingIOError:
@@ -167,7 +171,8 @@ def send_all(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
 def _writable(sock: socket.socket) -> None:
     poller = select.poll()
     poller.register(sock, select.POLLOUT)
-    poller.poll()
+    with lifted():
+        poller.poll()
 
 
 def close_all(fds: Sequence[int]) -> None:

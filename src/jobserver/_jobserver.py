@@ -25,6 +25,7 @@ from ._future import Future
 from ._inputs import Inputs
 from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
+from ._signals import deferred
 from ._slots._announce import check_style
 from ._slots._lease import Lease
 from ._worker._task import Task
@@ -195,18 +196,21 @@ class Jobserver(Commands):
         shared.refuse_closed()
         gate = self._sleep_fn if sleep_fn is None else sleep_fn
         taken: list[Lease] = []
-        try:
-            shared.admission.reap(keep=True)
-            if gate is not None:
-                shared.admission.gate(gate, deadline)
-            if consume:
-                shared.admission.take(taken, deadline)
-            else:
-                shared.reactor.unload()
-            return shared.start(task, taken, lends=self._lend)
-        except BaseException:
-            shared.admission.give_all_back(taken, unheard=True)
-            raise
+        # Once for all steps; code of the user's runs, and what may last waits, with them lifted.
+        with deferred() as signals:
+            try:
+                shared.admission.reap(keep=True)
+                if gate is not None:
+                    with signals.lifted():
+                        shared.admission.gate(gate, deadline)
+                if consume:
+                    shared.admission.take(taken, deadline)
+                else:
+                    shared.reactor.unload()
+                return shared.start(task, taken, lends=self._lend)
+            except BaseException:
+                shared.admission.give_all_back(taken, unheard=True)
+                raise
 
     def _worker_side(
         self, env: Optional[Env], preexec_fn: Optional[PreexecFn]

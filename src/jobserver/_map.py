@@ -16,7 +16,7 @@ from ._batches import Batches
 from ._callbacks import issuing
 from ._errors import Blocked, CallbackRaised
 from ._future import Future
-from ._signals import deferred
+from ._signals import Deferred, deferred
 from ._worker._task import Task
 
 if TYPE_CHECKING:
@@ -193,13 +193,27 @@ class Run:
             task = Task(*self._batches.parts(batch), plan.env, plan.preexec_fn)
         except OSError as error:
             raise _NoLedger(error) from None
+        with deferred() as signals:
+            self._place(signals, batch, task, deadline, until, early)
+
+    def _place(
+        self,
+        signals: Deferred,
+        batch: Batch,
+        task: Task,
+        deadline: Optional[float],
+        until: Optional[Future[Any]],
+        early: Optional[Callable[[], bool]],
+    ) -> None:
+        shared, plan = self._shared, self._plan
         taken: list[Lease] = []
         try:
             shared.admission.reap(keep=True)
             with contextlib.nullcontext() if batch.ledger is None else batch.ledger.handed_over():
                 try:
                     if plan.sleep_fn is not None and not self._admitted:
-                        shared.admission.gate(plan.sleep_fn, deadline)
+                        with signals.lifted():
+                            shared.admission.gate(plan.sleep_fn, deadline)
                         self._admitted = True
                     shared.admission.take(taken, deadline, until, early)
                 except Blocked:
@@ -213,7 +227,7 @@ class Run:
         self._next, self._admitted = None, False
         self._batches.submitted(batch, future)
         self._futures[future] = batch
-        with deferred(), shared.reactor.lock:
+        with shared.reactor.lock:
             if future._outcome is None:
                 future._sink = self._ended
             else:

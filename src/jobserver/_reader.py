@@ -36,6 +36,7 @@ from ._wire import (
     Corrupt,
     Frame,
     advance,
+    brief,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +86,17 @@ class FrameReader:
         """
         budget = _READ_QUANTUM
         try:
+            if self._frame is None and not self._head:
+                data = os.read(fd, _FIRST_READ)
+                found = brief(data, 0)
+                if found is not None:
+                    self.progress += len(data)
+                    return found
+                if not data:
+                    raise EOFError
+                whole = self.push(data)
+                if whole is not None:
+                    return whole
             while budget > 0:
                 if self._loan is not None and not self._targets:
                     if not self._fetch(fd, self._loan):

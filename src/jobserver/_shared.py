@@ -24,6 +24,7 @@ from ._errors import CallbackRaised
 from ._flight import Started
 from ._future import Future
 from ._launch import Launcher, launcher_for
+from ._launch._pickling import is_plain
 from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
 from ._signals import Deferred, deferred
@@ -158,7 +159,11 @@ class Shared:
             unheard = False
             with deferred() as signals:
                 seat = seat_for(self.slots, lease, own)
-                if lease is None or not self._hand_over(future, prepared, seat, lease, signals):
+                if (
+                    lease is None
+                    or lease.worker is None
+                    or not self._hand_over(future, task, prepared, seat, lease, signals)
+                ):
                     stays = self._stays(lease)
                     started = self.launcher.launch(prepared, seat, stays)
                     self._track(future, prepared, seat, started, lease, signals)
@@ -173,16 +178,23 @@ class Shared:
         return future
 
     def _hand_over(
-        self, future: Future[Any], prepared: Any, seat: Seat, lease: Lease, signals: Deferred
+        self,
+        future: Future[Any],
+        task: Task,
+        prepared: Any,
+        seat: Seat,
+        lease: Lease,
+        signals: Deferred,
     ) -> bool:
         """Give the job to the worker at rest that ``lease`` leads to; False if that cannot be."""
         worker = lease.worker
-        if worker is None:
-            return False
+        fresh = worker.known is not lease
         try:
-            with signals.lifted():  # large arguments may take their time
-                fresh = worker.known is not lease
+            if is_plain(task):
                 done = self.launcher.hand_over(prepared, seat, worker, fresh=fresh)
+            else:
+                with signals.lifted():  # large arguments may take their time
+                    done = self.launcher.hand_over(prepared, seat, worker, fresh=fresh)
         except BaseException:
             worker.send_signal(SIGKILL)  # it may have heard all
             raise

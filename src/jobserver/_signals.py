@@ -99,9 +99,30 @@ class _Lifted:
                 _outside = self._outside
 
 
+class _Inner(Deferred):
+    """Inside of another one, or in another thread than the main one: nothing is to be done."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> _Inner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+_INNER = _Inner()
+
+
 def deferred() -> Deferred:
     """Return a context in which signals wait."""
-    return Deferred()
+    # While the main thread has them wait, another thread's need nothing, either.
+    return Deferred() if _outside is None else _INNER
+
+
+def lifted() -> _Lifted:
+    """Return a context in which signals are let through, wherever they wait."""
+    return _Lifted()
 
 
 def outside() -> Iterable[int]:

@@ -58,6 +58,8 @@ TAKEN, MORE, STREAM = b"+", b".", b"-"
 
 MAGIC = b"JsF2"
 HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
+# The same with the lengths of two segments: all there is to most frames.
+_BRIEF = struct.Struct("<4sBBxxiIQQ")
 ENTRY_SIZE = 8  # for each segment its length, and in the highest byte what it is
 WHAT = 56
 LENGTH = (1 << WHAT) - 1
@@ -131,6 +133,11 @@ def encode(
         exitcode: The exit status of a worker that ends with this frame.
         lend: ``UNTIL_CLOSED``, ``UNTIL_TAKEN`` or ``ASIDE`` if large segments may be lent.
     """
+    if not text and len(payload) == 1 and type(payload[0]) is bytes:
+        size = len(payload[0])
+        if size < _JOINED:
+            head = _BRIEF.pack(MAGIC, kind, flags, exitcode, 2, 0, size)
+            return Pieces((head + payload[0],))
     first = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     segments: list[Buffer] = [first, *payload]
     lengths = [len(segment) for segment in segments]  # all are buffers of bytes
@@ -168,6 +175,19 @@ def _encode_large(
     pieces.lender, pieces.lent, pieces.asks = lender, len(large), bool(lend & ASKS_FLAG)
     pieces.whole = lambda: _encode_large(kind, flags, exitcode, segments, 0)
     return pieces
+
+
+def brief(data: bytes, start: int) -> Optional[Frame]:
+    """Return the frame that all bytes from ``start`` on are, if it is one of two segments."""
+    at = start + _BRIEF.size
+    if len(data) < at:
+        return None
+    magic, kind, flags, exitcode, count, first, second = _BRIEF.unpack_from(data, start)
+    end = at + first
+    # A segment that is marked in any way is longer than all there can be.
+    if count != 2 or end + second != len(data) or magic != MAGIC or kind not in KINDS:
+        return None
+    return Frame(kind, flags, exitcode, [data[at:end], data[end:]])
 
 
 def send(fd: int, pieces: Pieces) -> None:

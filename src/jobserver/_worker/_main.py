@@ -10,6 +10,7 @@ is left of a process that ends is the kernel's to take down.
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from jobserver._slots._own import own_slot
@@ -21,6 +22,8 @@ from ._process import finish_jobs, finish_process, flush_streams
 if TYPE_CHECKING:
     from ._next import Next
 
+_SO_COOKIE = 57  # asked for at half the cost of fstat
+
 
 class Worker:
     """
@@ -31,11 +34,12 @@ class Worker:
         next_jobs: Where further jobs come from; None if the first is the last one.
     """
 
-    __slots__ = ("_channel", "_file", "_next")
+    __slots__ = ("_channel", "_cookie", "_file", "_next")
 
     def __init__(self, channel: int, next_jobs: Optional[Next]) -> None:
         self._channel = channel
         self._file = os.fstat(channel).st_ino
+        self._cookie = b""
         self._next = next_jobs
 
     def work(self, call: Callable[[], Any]) -> NoReturn:
@@ -112,7 +116,22 @@ class Worker:
 
     def _is_open(self) -> bool:
         # The job may have closed the channel, and opened another file under its number.
+        sock = None if self._next is None else self._next.sock
         try:
-            return os.fstat(self._channel).st_ino == self._file
+            if sock is None or not self._cookie:
+                if os.fstat(self._channel).st_ino != self._file:
+                    return False
+                if sock is not None:
+                    self._cookie = _cookie(sock)
+                return True
+            return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8) == self._cookie
         except OSError:
             return False
+
+
+def _cookie(sock: socket.socket) -> bytes:
+    """Return the number that the kernel gives to this socket alone; empty if it gives none."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+    except OSError:
+        return b""

@@ -17,7 +17,7 @@ from jobserver._errors import Untransferable, shown
 from jobserver._fds import CLOEXEC, MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
 from jobserver._slots._own import own_slot, run_on
-from jobserver._wire import Frame
+from jobserver._wire import Frame, brief
 
 from . import _inherit
 from ._process import finish_process
@@ -59,7 +59,7 @@ class Next:
         self._bell = bell
         self._lease = -1
         self._reader = FrameReader()
-        self._sock: Optional[socket.socket] = None
+        self.sock: Optional[socket.socket] = None
         self._quiet = _Quiet()
 
     def begin(self) -> None:
@@ -78,17 +78,17 @@ class Next:
         """Leave the seat of the job that has ended; the answer may now be sent."""
         self._quiet.begin()
         self._lease = own_slot().leave()
-        if self._sock is None:
-            self._sock = adopt(self._channel)
+        if self.sock is None:
+            self.sock = adopt(self._channel)
             # So that waiting for too long costs no system call more than waiting.
             limit = struct.pack("ll", int(self._idle), int(self._idle % 1 * 1e6))
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def job(self) -> Callable[[], Any]:
         """Wait for the next job; ends the process when there will be none."""
-        assert self._sock is not None  # noqa: S101  # made by `ready`
+        assert self.sock is not None  # noqa: S101  # made by `ready`
         try:
-            frame, fds = self._receive(self._sock)
+            frame, fds = self._receive(self.sock)
         except (EOFError, ConnectionResetError):
             self._end()
         told: dict[str, Any] = pickle.loads(frame.segments[0]) if frame.segments[0] else {}  # noqa: S301
@@ -108,6 +108,9 @@ class Next:
             data += more
             fds += others
         (count,) = _COUNT.unpack_from(data)
+        found = None if fds or count else brief(data, _COUNT.size)
+        if found is not None:
+            return found, fds
         while len(fds) < count:
             fds += _read(sock, 1)[1]
         self._reader.fds = fds

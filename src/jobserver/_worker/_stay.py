@@ -153,4 +153,4 @@ def variables() -> dict[bytes, bytes]:
 
 
 def _streams_closed() -> bool:
-    return any(getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr))
+    return getattr(sys.stdout, "closed", False) or getattr(sys.stderr, "closed", False)
