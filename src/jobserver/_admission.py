@@ -49,8 +49,10 @@ class Admission:
 
     def reap(self, *, keep: bool = False) -> None:
         """Take note of what has ended, and issue its callbacks."""
-        self.reactor.reap(keep=keep)
-        issue_due(self.reactor)
+        reactor = self.reactor
+        reactor.reap(keep=keep)
+        if reactor.ready:
+            issue_due(reactor)
 
     def gate(self, sleep_fn: Callable[[], Optional[float]], deadline: Optional[float]) -> None:
         """Ask ``sleep_fn`` until it lets the work in; reaps meanwhile."""
@@ -88,7 +90,7 @@ class Admission:
         """
         Wait for a slot for a child; a job without a deadline lends its own if there is no other.
 
-        The caller has reaped just before.
+        The caller has reaped just before, and has signals wait.
 
         Args:
             taken: Where to put it: the caller's, who gives back what is there if anything is raised
@@ -102,12 +104,12 @@ class Admission:
             Blocked: There was none in time.
             CallbackRaised: A callback failed meanwhile; nothing is taken.
         """
-        reactor, slots = self.reactor, self.reactor.slots
-        own = current_slot(slots)
-        crew = reactor.crew
         self._take_free(taken, until)
         if taken:
             return
+        reactor, slots = self.reactor, self.reactor.slots
+        own = current_slot(slots)
+        crew = reactor.crew
         lends = deadline is None and own.attach(slots)
         bell = Bell(own)
 
@@ -163,12 +165,14 @@ class Admission:
     def _take_free(self, taken: list[Lease], until: Optional[Future[Any]]) -> None:
         """Take a slot that is free at this instant, unless something else comes first."""
         reactor = self.reactor
-        with deferred(), reactor.lock:
-            if not (reactor.closed or self.callbacks_due() or (until and until._outcome)):
-                lease = reactor.crew.try_take()
+        crew = reactor.crew
+        with reactor.lock:
+            if not (reactor.closed or reactor.ready or (until is not None and until._outcome)):
+                lease = crew.try_take()
                 if lease is not None:
                     taken.append(lease)
-            reactor.crew.unload()
+            if crew.loaded:
+                crew.unload()
 
     def give_all_back(self, taken: list[Lease], *, unheard: bool = False) -> None:
         """Return what is still there of what ``take`` has put there."""

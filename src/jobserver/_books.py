@@ -76,10 +76,16 @@ class Books:
             active.add(self)
 
     def assign(self, future: Future[Any], flight: Flight, lease: Lease) -> None:
-        """Track a job that has been sent to a worker that had run others; it may have ended."""
-        with deferred(), self.lock:
+        """
+        Track a job that has been sent to a worker that had run others; it may have ended.
+
+        The caller has signals wait.
+        """
+        with self.lock:
             lease.worker = None
-            flight.let_go()
+            flight.held = False
+            if flight.channel < 0:
+                flight.let_go()
             seat, flight.seat, flight.known = flight.seat, None, lease
             if seat is not None and seat is not lease:
                 seat.release()

@@ -52,22 +52,17 @@ class Crew:
         # The one that came last is warmest, and goes first; the others grow old and end.
         self._resting: list[Flight] = []
         # Those among them who still have the token of their last job.
-        self._loaded: list[Flight] = []
+        self.loaded: list[Flight] = []
 
     def __len__(self) -> int:
         return len(self._resting)
-
-    @property
-    def loaded(self) -> bool:
-        """Whether one of them still has a token."""
-        return bool(self._loaded)
 
     def try_take(self) -> Optional[Lease]:
         """Take a free token for the next job, for a worker at rest if possible."""
         if not self.warm:
             return self.slots.try_take()
-        if self._loaded:
-            flight = self._loaded.pop()
+        if self.loaded:
+            flight = self.loaded.pop()
             self._resting.remove(flight)
             assert flight.seat is not None  # noqa: S101  # what being at rest means
             self._hand_out(flight, flight.seat)
@@ -110,7 +105,7 @@ class Crew:
         """
         if lease is not None and lease.seated:
             if monotonic() - lease.since < _TURN:
-                self._loaded.append(flight)
+                self.loaded.append(flight)
             else:
                 lease.drain()
         else:
@@ -125,8 +120,8 @@ class Crew:
 
     def unload(self) -> None:
         """Put the tokens of workers at rest into the pool."""
-        while self._loaded:
-            seat = self._loaded.pop().seat
+        while self.loaded:
+            seat = self.loaded.pop().seat
             if seat is not None:
                 seat.drain()
 
@@ -135,21 +130,21 @@ class Crew:
         if flight not in self._resting:
             return False
         self._resting.remove(flight)
-        if flight in self._loaded:
-            self._loaded.remove(flight)
+        if flight in self.loaded:
+            self.loaded.remove(flight)
         self.unseat(flight)
         return True
 
     def dissolve(self) -> list[Flight]:
         """Take out all workers at rest; they are the caller's to end."""
-        gone, self._resting, self._loaded = self._resting, [], []
+        gone, self._resting, self.loaded = self._resting, [], []
         for flight in gone:
             self.unseat(flight)
         return gone
 
     def forget(self) -> None:
         """In a forked child: they are the parent's."""
-        self._resting, self._loaded = [], []
+        self._resting, self.loaded = [], []
 
     def unseat(self, flight: Flight) -> None:
         """Give up the seat of a worker that is to end."""

@@ -51,11 +51,13 @@ class Reactor(Books):
         if keep and not (self.running or self._lingering):
             return
         with deferred(), self.lock:
-            try:
-                self._prepare_nudge()
-            except OSError:
-                return  # no descriptor to tell the leader by, who so must see to it himself
-            if self._handle(self.poller.get().poll(0)):
+            if self._leading:
+                try:
+                    self.poller.prepare_nudge()
+                except OSError:
+                    return  # no descriptor to tell the leader by, who so must see to it himself
+            events = self.poller.get().poll(0)
+            if events and self._handle(events):
                 self._nudge_leader()
             if not keep:
                 self.crew.unload()

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from jobserver._dump import _PLAIN
 from jobserver._worker._task import Task
 
 _births = 0
@@ -40,6 +41,8 @@ def youth(fn: Any, args: tuple[Any, ...]) -> float:
     """Return the number of the youngest worker that may be too old for a call; -1 for none."""
     found: float = -1
     for thing in (fn, *args):
+        if type(thing) in _PLAIN:
+            continue
         while isinstance(thing, partial):
             thing = thing.func  # noqa: PLW2901
         if getattr(thing, "__module__", None) == "__main__":
