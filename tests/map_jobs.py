@@ -10,7 +10,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from helpers import append, wait_until
+from helpers import append, touch, wait_until
 
 if TYPE_CHECKING:
     from helpers import Gate
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 def note(path: str, number: int) -> int:
     """Say that this call has begun."""
     append(path, str(number))
+    return number
+
+
+def meet_neighbour(directory: str, number: int) -> int:
+    """Wait for the other call of a pair: 0 and 1, 2 and 3, ..."""
+    touch(os.path.join(directory, str(number)))
+    wait_until(lambda: os.path.exists(os.path.join(directory, str(number ^ 1))), "the other call")
     return number
 
 

@@ -25,6 +25,7 @@ from helpers import (
     settle,
 )
 from jobs import Appender, nested_map, slow_for
+from map_jobs import meet_neighbour
 
 from jobserver import Jobserver
 
@@ -70,6 +71,16 @@ def test_every_method(method: str) -> None:
     with Jobserver(method, 2) as js:
         assert list(js.map(add, [(1, 2), (3,)], chunksize=2)) == [3, 3]
         assert list(js.map(add, [(1, 2), (3,)])) == [3, 3]
+
+
+@pytest.mark.contract("M8", "N5")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_single_calls_begin_in_order(tasks: int | None, tmp_path: Path) -> None:
+    """With chunksize=1 no call waits behind another one for a worker: neighbours may meet."""
+    with Jobserver("fork", 2, max_tasks_per_child=tasks) as js:
+        argses = [(str(tmp_path), number) for number in range(40)]
+
+        assert list(js.map(meet_neighbour, argses)) == list(range(40))
 
 
 @pytest.mark.contract("M3")

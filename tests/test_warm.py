@@ -34,6 +34,7 @@ from helpers import (
 from marks import by_method
 from warm_jobs import (
     Bomb,
+    answer_elsewhere,
     close_stdout,
     count_fds,
     do_nothing,
@@ -425,6 +426,23 @@ def test_many_descriptors_for_later_jobs(method: str) -> None:
     for pipe in pipes:
         for connection in pipe:
             connection.close()
+
+
+@pytest.mark.contract("W1", "F9")
+@by_method("before", [2, 0])
+def test_channel_replaced_by_another_socket(method: str, before: int) -> None:
+    """A job that puts another socket in the place of its channel has died; nothing goes there."""
+    ours, theirs = multiprocessing.Pipe()
+    with warm(method) as js:
+        for number in range(before):
+            assert run(js, identity, number) == number
+        with pytest.raises(SubmissionDied):
+            run(js, answer_elsewhere, theirs)
+        assert run(js, identity, "next") == "next"
+    theirs.close()
+    with pytest.raises(EOFError):
+        ours.recv_bytes()
+    ours.close()
 
 
 @pytest.mark.contract("W1")

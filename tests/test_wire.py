@@ -334,6 +334,47 @@ def test_garbage(flags: int, entry: int) -> None:
         reader.push(head + bytes(5 + _wire.LENDER_SIZE + 8))
 
 
+@pytest.mark.parametrize("value", [None, 7, "text", b"x" * 5000])
+@pytest.mark.parametrize("text", ["", "text"])
+def test_frames_in_two_parts(value: Any, text: str) -> None:
+    """A small frame is the same in one piece, and wherever it is torn."""
+    (data,) = encode(RESULT, text, dump(value), flags=_wire.STAYS, exitcode=3)
+    for place in (*range(0, min(len(data), 80), 7), len(data) - 1, len(data)):
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        frames = FrameReader()
+        found = []
+        for part in (data[:place], data[place:]):
+            os.write(writer, part)
+            found.append(frames.feed(reader))
+        os.close(reader)
+        os.close(writer)
+        frame = found[0] or found[1]
+        assert frame is not None
+        assert (frame.load(), frame.text) == (value, text)
+        assert (frame.kind, frame.flags, frame.exitcode) == (RESULT, _wire.STAYS, 3)
+        assert frames.progress == len(data)
+
+
+@pytest.mark.parametrize("place", [0, 4, 16])
+def test_brief_garbage(place: int) -> None:
+    """A frame of two segments with a wrong byte in its head is refused, or awaits its rest."""
+    (data,) = encode(RESULT, "", dump(7))
+    wrong = bytearray(data)
+    wrong[place] ^= 0x55
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, wrong)
+    frames = FrameReader()
+    if place < 16:
+        with pytest.raises(Corrupt):
+            frames.feed(reader)
+    else:
+        assert frames.feed(reader) is None
+    os.close(reader)
+    os.close(writer)
+
+
 @pytest.mark.contract("F9")
 def test_more_than_there_is_memory() -> None:
     """A frame that no memory could hold is refused in words."""

@@ -301,9 +301,7 @@ class Admission:
             elif can_lend:
                 bell = own.bell()
                 arm = (bell,) if bell >= 0 else ()
-                reactor.wait(
-                    test_or_heard, None, target=future, arm=arm, tick=tick, looked=looked
-                )
+                reactor.wait(test_or_heard, None, target=future, arm=arm, tick=tick, looked=looked)
             elif not reactor.wait(test, deadline, target=future, tick=tick, looked=looked):
                 return False
             looked = False

@@ -141,6 +141,20 @@ class Books:
         for flight in self.crew.dissolve():
             self._dismiss(flight)
 
+    def _forget_all(self) -> None:
+        self.poller.forget()
+        for future in self.running:
+            future._foreign = True
+        self.crew.forget()
+        self.lock = threading.RLock()
+        self.ready = deque()
+        self.claimed = set()
+        self.starving = 0
+        self.running = {}
+        self._lingering = 0
+        self._leading = 0
+        self._followers = {}
+
     def _prepare_nudge(self) -> None:
         if self._leading:
             self.poller.prepare_nudge()

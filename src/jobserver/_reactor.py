@@ -15,7 +15,6 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -272,18 +271,7 @@ class Reactor(Books):
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """Forget what the parent has in flight; its descriptors are closed already."""
-        self.poller.forget()
-        for future in self.running:
-            future._foreign = True
-        self.crew.forget()
-        self.lock = threading.RLock()
-        self.ready = deque()
-        self.claimed = set()
-        self.starving = 0
-        self.running = {}
-        self._lingering = 0
-        self._leading = 0
-        self._followers = {}
+        self._forget_all()
         active.discard(self)
 
 

@@ -104,7 +104,7 @@ class _Inner(Deferred):
 
     __slots__ = ()
 
-    def __enter__(self) -> _Inner:
+    def __enter__(self) -> Deferred:
         return self
 
     def __exit__(self, *exc: object) -> None:
