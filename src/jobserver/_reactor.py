@@ -46,9 +46,6 @@ class Reactor(Books):
         """
         if not self.poller.watched:
             return
-        # Whether workers at rest still live is found out by sending to them, or in the next wait.
-        if keep and not (self.running or self._lingering):
-            return
         with deferred(), self.lock:
             if self._leading:
                 try:
