@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import multiprocessing.resource_tracker
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 # A test run that was itself started by make must not join make's pool.
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(_name, None)
+
+# Nor is it to begin deaf to Ctrl-C, as what a shell starts in the background does: programs that
+# the tests start would be so, too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Seconds that processes and descriptors get to vanish after a test.
 GRACE = 5.0
