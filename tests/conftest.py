@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # The tests are not a package: workers find the job functions as the module `helpers`, so the path
 # must hold before it is imported, here and, handed down by the start methods, there.
@@ -63,6 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning"
     )
     config.stash[_STDERR] = os.dup(2)  # capturing replaces it
+    # How long an example takes depends on what else the machine does. All else stays as chosen.
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -159,8 +164,6 @@ def _start_hypothesis() -> None:
     refers to that object, and warns if nobody does. The collector finds nobody among what it has
     been told to freeze, where Hypothesis' place for it may already be.
     """
-    from hypothesis import given, settings
-    from hypothesis import strategies as st
 
     @settings(max_examples=1, database=None)
     @given(st.none())

@@ -98,6 +98,7 @@ def test_slot_in_time_or_not_at_all(gate: Gate) -> None:
 
 
 @pytest.mark.contract("K5", "H4")
+@pytest.mark.fresh("waits for the process to end")
 def test_closed_or_failing_callback() -> None:
     """A closed Jobserver has no slots, and a callback's failure comes before anything is taken."""
     with Jobserver("fork", 1) as js:
