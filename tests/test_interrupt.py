@@ -242,17 +242,19 @@ from helpers import Gate, free_slots, identity, nothing, settle, steady_fds
 
 def storm(js, rounds):
     caught = 0
-    futures = []
     for number in range(rounds):
-        futures.clear()
+        found = set()
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 8e-3))
             while True:
+                # Not an assert: from Python 3.12 on the jump back after a condition that ends a
+                # loop is outside of the try, and that is where handlers run.
                 future = js.submit(identity, args=(number,))
-                assert future.result() == number
+                found.add(future.result())
         except KeyboardInterrupt:
             caught += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
+        assert found <= {number}
     return caught
 
 def interrupt(signum, frame):

@@ -489,6 +489,25 @@ def test_answer_before_the_job_is_tracked(method: str, monkeypatch: pytest.Monke
         assert [run(js, identity, number) for number in range(2)] == [0, 1]
 
 
+@pytest.mark.contract("N1", "W1")
+def test_slot_of_an_early_answer_is_free(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot of an answer that comes before its submission returns is free with the result."""
+    with warm(method, 2) as js:
+        run(js, identity, 0)
+        launcher = js._shared.launcher
+        hand_over = launcher.hand_over
+
+        def answered(prepared: Any, seat: Any, worker: Any, *, fresh: bool) -> bool:
+            done = hand_over(prepared, seat, worker, fresh=fresh)
+            assert select.select([worker.channel], [], [], PATIENCE)[0]
+            js.reclaim_resources()
+            return done
+
+        monkeypatch.setattr(launcher, "hand_over", answered)
+        assert js(identity, 1).result() == 1
+        assert js._shared.slots.free() == 2
+
+
 @pytest.mark.contract("H13", "W1")
 def test_threads_submit_at_the_same_time(method: str) -> None:
     """Workers and slots are handed among threads: all jobs run, in no more workers than slots."""

@@ -94,6 +94,7 @@ class Books:
             self.running[future] = flight
             if flight.settled:
                 self._settle(future, flight)
+                self.crew.unload()  # nobody need look here again before code of the user's runs
                 self.wake_seekers()
                 self._nudge_leader()
 
