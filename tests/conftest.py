@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import multiprocessing.resource_tracker
 import os
 import signal
@@ -43,6 +44,7 @@ GRACE = 5.0
 #: Seconds after which a test hangs, on a machine that has much else to do; those of a slow one.
 LIMIT, SLOW_LIMIT = 300.0, 3600.0
 
+_tests = itertools.count()
 _FAILED = pytest.StashKey[bool]()
 _STDERR = pytest.StashKey[int]()
 
@@ -152,7 +154,16 @@ def warm() -> None:
             js.submit(nothing).result()
         del js
     _start_hypothesis()
-    # What is there now stays: collecting after each test looks at that test's objects only.
+
+
+def _set_aside() -> None:
+    """Collect, and have later collections look at later objects only.
+
+    Most of what is there by then are reports of earlier tests: thousands of collections that look
+    at all of them would take longer than many a test.
+    """
+    if next(_tests) % 100 == 0:
+        gc.unfreeze()  # what was in use then may be garbage now
     gc.collect()
     gc.freeze()
 
@@ -214,7 +225,7 @@ class _State:
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest, warm: None) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a process or a thread behind."""
-    gc.collect()
+    _set_aside()
     before = _State()
     yield
     if request.node.stash.get(_FAILED, False):
