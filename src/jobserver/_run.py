@@ -193,7 +193,9 @@ class Conduct:
         def test() -> bool:
             events[:] = self._epoll.poll(0)
             reactor.crew.unload()  # what workers at rest keep is free, too
-            return bool(events) or (shadow.hungry and shadow.seek()) or self._callbacks_due()
+            if events or (shadow.hungry and shadow.seek()) or self._callbacks_due():
+                return True
+            return shadow.short and slots.free() > 0
 
         while True:
             self._issue_callbacks()
@@ -201,11 +203,12 @@ class Conduct:
                 shadow.step(time.monotonic())
             if self._pidfd < 0 and not self._streams:
                 return True
+            wants = shadow.hungry or shadow.short
             ends = [end for end in (deadline, shadow.wake_at) if end is not None]
             happened = reactor.wait(
                 test,
                 min(ends, default=None),
-                arm=[self._epoll.fileno(), *(slots.filenos() if shadow.hungry else ())],
+                arm=[self._epoll.fileno(), *(slots.filenos() if wants else ())],
                 tick=TICK if shadow.hungry else None,
                 on_tick=slots.sweep,
             )

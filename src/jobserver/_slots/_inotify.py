@@ -16,11 +16,13 @@ _IN_ACCESS = 0x1
 _IN_MODIFY = 0x2
 _IN_CLOSE = 0x18
 _IN_OPEN = 0x20
+_IN_IGNORED = 0x8000
+_IN_ONESHOT = 0x80000000
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 _HEADER = struct.Struct("iIII")
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# Descriptor -> the number of the one watch on it.
+# Descriptor -> the number of the watch that ``watch`` has set.
 _watches: dict[int, int] = {}
 
 
@@ -57,18 +59,47 @@ def unwatch(fd: int) -> None:
     _libc.inotify_rm_watch(fd, _watches.pop(fd))
 
 
-def drain(fd: int) -> bool:
-    """Forget what has happened so far; says whether somebody has opened the FIFO."""
-    opened = False
+def listen(fd: int, fifo: int, *, openings: bool) -> int:
+    """
+    Hear, once, of it when the FIFO behind ``fifo`` is read from, or opened; returns a number.
+
+    Args:
+        fd: What ``watch`` has returned.
+        fifo: Another FIFO.
+        openings: Of it being opened, rather than read from. Not each kernel reports a splice.
+
+    Raises:
+        OSError: The system gives no more of these.
+    """
+    mask = _IN_ONESHOT | (_IN_OPEN if openings else _IN_ACCESS)
+    number: int = _libc.inotify_add_watch(
+        fd, f"/proc/self/fd/{fifo}".encode(), ctypes.c_uint32(mask)
+    )
+    if number < 0:
+        raise _error()
+    return number
+
+
+def ignore(fd: int, number: int) -> None:
+    """Do not listen any more; ``number`` may have been heard of already."""
+    _libc.inotify_rm_watch(fd, number)
+
+
+def drain(fd: int) -> tuple[bool, bool]:
+    """Forget what has happened so far; says whether that was an opening, or elsewhere."""
+    opened = elsewhere = False
     while True:
         try:
             events = os.read(fd, 65536)
         except BlockingIOError:
-            return opened
+            return opened, elsewhere
         place = 0
         while place < len(events):
-            _, mask, _, length = _HEADER.unpack_from(events, place)
-            opened = opened or bool(mask & _IN_OPEN)
+            number, mask, _, length = _HEADER.unpack_from(events, place)
+            if number == _watches.get(fd):
+                opened = opened or bool(mask & _IN_OPEN)
+            elif not mask & _IN_IGNORED:
+                elsewhere = True
             place += _HEADER.size + length
 
 

@@ -13,20 +13,27 @@ Guarantees:
 * No lease is kept for a shadow token that lies idle while others could be short of slots: of more
   than one all others go back at once, and the last one after a moment. But a tool that has just
   begun is left the time to take what it can: it starts a command between one token and the next.
+* While nothing happens nobody is woken, but for what is said next.
 
 That the tool wants a token cannot be seen, only that it has taken one. So one is offered: when the
-FIFO is opened, when the last one has been taken, and from time to time if a slot is free anyway.
+FIFO is opened, when the last one has been taken, and later if a slot is free anyway. While there
+are more of these, one stays on offer, until others may have become short (see ``_lookout``). But
+where it would be the only one, whoever looks for a slot without waiting could not have it; so it
+goes back, and no event would tell when to offer it again. Only then is that done by the clock, at
+ever longer intervals.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Optional
 
 from jobserver import _forking
 
 from ._lease import Lease
+from ._lookout import Lookout
 from ._pool import SlotPool
 from ._section import new_fifo, write_all
 from ._splice import waiting_bytes
@@ -35,10 +42,13 @@ from ._splice import waiting_bytes
 _GRACE = 0.05
 # How long a tool that has not slept since may take until it looks for them at all.
 _BUSY = 1.0
-# After how many seconds one is offered anew. A tool that has never touched the FIFO is asked at
-# ever longer intervals: it probably knows nothing of jobservers.
+# After how many seconds one is offered anew, at first and at last. A tool that has never touched
+# the FIFO probably knows nothing of jobservers.
 _REST = 0.2
 _LONGEST_REST = 1.6
+_LONGEST_UNTOUCHED = 6.4
+# Without inotify: after how many seconds to look at the FIFO again, when nothing has changed.
+_LONGEST_BLIND = 0.4
 
 
 class Shadow:
@@ -54,8 +64,12 @@ class Shadow:
         self._pool = pool
         self._leases: list[Lease] = []
         self.peak = 0
+        # The command runs on one. An outer pool may have more tokens than it says.
+        self._most = sys.maxsize if pool.joined else pool.slots - 1
         #: Whether the tool has taken all that was offered, and a slot is to be had for it.
         self.hungry = False
+        #: Whether one would be offered, but none is free: ``step`` is to be called when one is.
+        self.short = False
         #: When ``step`` is to be called at the latest; None if only what happens counts.
         self.wake_at: Optional[float] = None
         self._opened = False
@@ -69,11 +83,15 @@ class Shadow:
         #: The tool, once there is one.
         self.pid: Optional[int] = None
         self._rest = _REST
+        self._blind_rest = _GRACE
         self._offer_at = now + _GRACE
+        self._listening = False
+        self._listen_at = now
         with _forking.books_lock():
             self.fifo = new_fifo(1)
             _forking.owned.add(self.fifo)
         self.watch = -1
+        self._lookout = Lookout(pool, -1)
 
     def look(self) -> None:
         """Begin to watch; after the descriptors for the tool were opened, as that is an event."""
@@ -87,12 +105,13 @@ class Shadow:
                 self._pool.spare_watch = spare
                 return  # the system has no more of these: it is looked at from time to time
             _forking.owned.add(self.watch)
+        self._lookout = Lookout(self._pool, self.watch)
 
     def fill(self, now: float) -> None:
         """Offer every free slot for a moment: the tool is about to look for them."""
         self._filling = True
         self._keep_filled(now)
-        while len(self._leases) < self._pool.slots and self.seek():
+        while len(self._leases) < min(self._most, self._pool.slots) and self.seek():
             pass
 
     def _keep_filled(self, now: float) -> None:
@@ -122,23 +141,31 @@ class Shadow:
             self._rest = _REST
         if held != self._held:
             self._idle_since = now
+            self._blind_rest = _GRACE
         if held > self._most_held:
             self._most_held = held
             if self._filling:
                 self._keep_filled(now)
         self._held = held
-        self.wake_at = None if self.watch >= 0 else now + _GRACE
+        self.hungry = self.hungry and len(self._leases) < self._most
+        self.wake_at = None if self.watch >= 0 else now + self._blind_rest
+        self._blind_rest = min(2 * self._blind_rest, _LONGEST_BLIND)
         if idle:
             self._be_modest(idle, now)
-        elif not self.hungry:
-            self._try_again(now)
+        else:
+            self._stop_listening()
+            if not self.hungry:
+                self._try_again(now)
 
     def _has_opened(self) -> bool:
         if self.watch < 0:
             return False
         from ._inotify import drain
 
-        first = drain(self.watch) and not self._opened
+        opened, elsewhere = drain(self.watch)
+        if elsewhere:
+            self._stop_listening()
+        first = opened and not self._opened
         self._opened = self._opened or first
         return first
 
@@ -157,7 +184,7 @@ class Shadow:
             return False  # the tool was faster
 
     def _be_modest(self, idle: int, now: float) -> None:
-        self.hungry = False
+        self.hungry = self.short = False
         if self._filling:
             if self._filled_until <= now < self._busy_until and _computes(self.pid):
                 self._filled_until = now + _GRACE
@@ -169,25 +196,51 @@ class Shadow:
         patient_until = max(self._idle_since, self._filled_until) + _GRACE
         if now < patient_until:
             self._wake_at(patient_until)
-        elif self._pool.free():
-            self._wake_at(now + _REST)  # nobody is short of slots
+        elif not self._others_are_short(now):
+            if not self._listening:
+                self._wake_at(self._listen_at)
         else:
             self._give_back(1)
             self._offer_at = now + self._rest
-            self._wake_at(self._offer_at)
-            if not self._touched:
-                self._rest = min(2 * self._rest, _LONGEST_REST)
+            self._lengthen_rest()
+            self._try_again(now)
+
+    def _others_are_short(self, now: float) -> bool:
+        # First listen, then look: who comes in between is heard. Not all the time while others
+        # take and return slots, as each of them would wake us.
+        if not self._listening and now >= self._listen_at:
+            self._listening = self._lookout.begin(self._leases[-1])
+            self._listen_at = now + _REST
+        return not self._pool.free()
+
+    def _stop_listening(self) -> None:
+        self._listening = False
+        self._lookout.end()
+
+    def _lengthen_rest(self) -> None:
+        self._rest = min(2 * self._rest, _LONGEST_REST if self._touched else _LONGEST_UNTOUCHED)
 
     def _try_again(self, now: float) -> None:
+        if len(self._leases) >= self._most:
+            return  # there is no more to be had
+        was_short, self.short = self.short, not self._pool.free()
+        if self.short:
+            return
+        if was_short:
+            # Who waits for a slot is quicker than this, so what is free then is nobody's.
+            self._offer_at = max(self._offer_at, now + self._rest)
+            if not self._touched:
+                self._lengthen_rest()
         if now >= self._offer_at:
             self._offer_at = now + self._rest
-            # Who waits for a slot is quicker than this, so what is free here is nobody's.
             if self.seek():
                 self._wake_at(now + _GRACE)
                 return
         self._wake_at(self._offer_at)
 
     def _give_back(self, count: int) -> None:
+        if count:
+            self._stop_listening()  # the lease may be the one that must be held
         for _ in range(count):
             if self._leases and self._take_back():
                 self._leases.pop().release()
@@ -197,8 +250,9 @@ class Shadow:
 
     def release(self) -> None:
         """The tool has ended: all leases go back, and nothing is offered any more."""
-        self.hungry = False
+        self.hungry = self.short = False
         self.wake_at = None
+        self._stop_listening()
         while self._leases:
             self._leases.pop().release()
 

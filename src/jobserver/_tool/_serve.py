@@ -125,7 +125,7 @@ class Server:
                 return 0
             missing = self._slots - waiting_bytes(self._fifo)
             # Somebody may have come after the first look, and have taken or brought a token.
-            if not missing or (not drain(self._watch) and self._alone()):
+            if not missing or (not drain(self._watch)[0] and self._alone()):
                 break
         if missing > 0:
             self._write(missing)
