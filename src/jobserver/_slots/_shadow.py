@@ -47,8 +47,8 @@ _BUSY = 1.0
 _REST = 0.2
 _LONGEST_REST = 1.6
 _LONGEST_UNTOUCHED = 6.4
-# Without inotify: after how many seconds to look at the FIFO again, when nothing has changed.
-_LONGEST_BLIND = 0.4
+# Where inotify does not help: after how many seconds to look again, when nothing changes.
+_UNHEARD = 0.4
 
 
 class Shadow:
@@ -149,7 +149,7 @@ class Shadow:
         self._held = held
         self.hungry = self.hungry and len(self._leases) < self._most
         self.wake_at = None if self.watch >= 0 else now + self._blind_rest
-        self._blind_rest = min(2 * self._blind_rest, _LONGEST_BLIND)
+        self._blind_rest = min(2 * self._blind_rest, _UNHEARD)
         if idle:
             self._be_modest(idle, now)
         else:
@@ -197,7 +197,7 @@ class Shadow:
         if now < patient_until:
             self._wake_at(patient_until)
         elif not self._others_are_short(now):
-            if not self._listening:
+            if not self._listening and self.watch >= 0:
                 self._wake_at(self._listen_at)
         else:
             self._give_back(1)
@@ -210,7 +210,7 @@ class Shadow:
         # take and return slots, as each of them would wake us.
         if not self._listening and now >= self._listen_at:
             self._listening = self._lookout.begin(self._leases[-1])
-            self._listen_at = now + _REST
+            self._listen_at = now + (_REST if self._listening else _UNHEARD)
         return not self._pool.free()
 
     def _stop_listening(self) -> None:
