@@ -161,6 +161,22 @@ def session_members(sid: int) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> str:
+    """What a process was started as."""
+    with open(f"/proc/{pid}/cmdline") as stream:
+        return stream.read().replace("\0", " ")
+
+
+def janitors_of(fifo: str) -> list[int]:
+    """The janitors of programs that have joined the pool at a path."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if "_janitor.py" in command_line(int(name)) and fifo in open_fds(int(name)).values():
+                found.append(int(name))
+    return found
+
+
 def resident_bytes(pid: int | None = None) -> int:
     """Resident memory of a process (default: this one)."""
     with open(f"/proc/{pid or 'self'}/statm") as stream:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from foreign import makes
 from helpers import descendants, has_ended, process_state, wait_until
+from kills import adopting
 
 from jobserver import Jobserver
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 SLOTS = 4
 CLIENTS = 3
 CROWD = 25
-PR_SET_CHILD_SUBREAPER = 36
 MAKEFILE = """\
 JOBS = a b c d e f
 .PHONY: all $(JOBS)
@@ -75,22 +74,6 @@ def start_client(js: Jobserver, seed: int, directory: str) -> int:
         finally:
             os._exit(1)
     return pid
-
-
-@contextlib.contextmanager
-def adopting() -> Iterator[None]:
-    """
-    Be the parent of all orphans below this process, until the end of the block.
-
-    So whom to kill is chosen among this process's own descendants only, never by a number that may
-    have become somebody else's.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    try:
-        yield
-    finally:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def living(before: set[int]) -> list[int]:

@@ -8,7 +8,6 @@ import mmap
 import os
 import random
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -16,6 +15,7 @@ import pytest
 from helpers import process_state, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import die_at
 
 from jobserver import _forking
 from jobserver._slots._lease import Lease
@@ -356,28 +356,6 @@ SCENARIOS = [
     _sweep,
     _reclaim,
 ]
-
-
-def die_at(step: int, what: str, action: Callable[[], Any]) -> None:
-    """Run an action; SIGKILL this process before a given line, or instruction, of the slots."""
-    count = 0
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal count
-        if "_slots" not in frame.f_code.co_filename:
-            return trace if frame.f_back is not None else None
-        frame.f_trace_opcodes = what == "opcode"
-        if event == what:
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        action()
-    finally:
-        sys.settrace(None)
 
 
 def kill_everywhere(pool: SlotPool, action: Callable[[SlotPool], None], what: str) -> int:
