@@ -122,18 +122,21 @@ NESTED = [
 def kill_a_submitter(nested: Nested, what: str) -> int:
     """Kill a submitting job at each step; its job keeps its slot, and returns it by its death."""
     step = ran_on = 0
+    killed = True
     before = set(descendants())
     with adopting(), Jobserver("fork", nested.slots) as js:
         pool = js._shared.slots
         # What is lent to a job that stays does not come back: a wait without an end.
-        while nested != (1, True) or ran_on < 3:
+        while killed and (nested != (1, True) or ran_on < 3):
             step += 1
             job = js(nested.submit, js, step, what)
             try:
                 job.result(PATIENCE)
-                break
+                killed = False
             except SubmissionDied:
                 pass
+            # Now who it has left behind is this process's child.
+            js._shared.reactor.reap_lingering(PATIENCE)
             # Of a job that has just been killed, or is about to end, both are so in the end.
             orphans = set(descendants()) - before
 
@@ -144,10 +147,8 @@ def kill_a_submitter(nested: Nested, what: str) -> int:
             wait_until(right, f"the right number of slots after step {step}")
             ran_on += living(orphans) > 0
             for pid in orphans:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
             pool.sweep()
             assert pool.free() == nested.slots, f"step {step}"
     assert not nested.stays or ran_on > 0
