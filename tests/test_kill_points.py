@@ -112,11 +112,9 @@ class Nested(NamedTuple):
         job.wait(signal=signal.SIGKILL)
 
 
-NESTED = [
-    pytest.param(Nested(1, stays=True), id="lent"),
-    pytest.param(Nested(1, stays=False), id="lent and had back"),
-    pytest.param(Nested(2, stays=True), id="taken"),
-]
+TAKEN = pytest.param(Nested(2, stays=True), id="taken")
+LENT = pytest.param(Nested(1, stays=True), id="lent")
+HAD_BACK = pytest.param(Nested(1, stays=False), id="lent and had back")
 
 
 def kill_a_submitter(nested: Nested, what: str) -> int:
@@ -162,7 +160,7 @@ def living(pids: set[int]) -> int:
 
 @pytest.mark.fresh("each job has a process of its own to be killed")
 @pytest.mark.contract("S18", "N4", "F26")
-@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("nested", [TAKEN, LENT])
 def test_submitter_killed_at_each_line(nested: Nested) -> None:
     """A submitter killed before any line leaves each slot with who runs on it, or free."""
     assert kill_a_submitter(nested, "place") > 40
@@ -170,7 +168,7 @@ def test_submitter_killed_at_each_line(nested: Nested) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fresh("each job has a process of its own to be killed")
-@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("nested", [TAKEN, LENT, HAD_BACK])
 def test_submitter_killed_at_each_instruction(nested: Nested) -> None:
     """The same before each instruction of the interpreter."""
     assert kill_a_submitter(nested, "opcode") > 500
