@@ -108,7 +108,7 @@ def has_ended(pid: int) -> bool:
     try:
         # The first thread is a zombie as soon as it has ended, be the others about to end.
         return len(os.listdir(f"/proc/{pid}/task")) == 1
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it was reaped just now
         return True
 
 

@@ -84,7 +84,7 @@ def wakings(pids: set[int]) -> dict[tuple[int, str], int]:
     """How often each thread of some processes has been woken so far."""
     found = {}
     for pid in pids:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for thread in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{thread}/status") as stream:
                     text = stream.read()
