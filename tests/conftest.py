@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import METHODS, Gate, descendants, nothing, open_fds
+
+from jobserver._forking import books_lock
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -195,13 +197,22 @@ def pytest_runtest_makereport(
     return report
 
 
+def _is_held(lock: Any) -> bool:
+    """Whether somebody holds a re-entrant lock, be it this thread."""
+    if lock._is_owned() or not lock.acquire(blocking=False):
+        return True
+    lock.release()
+    return False
+
+
 class _State:
-    """Descriptors, descendants and threads of this process at one moment."""
+    """Descriptors, descendants, threads and the lock of the books at one moment."""
 
     def __init__(self) -> None:
         self.fds: dict[int, str] = open_fds()
         self.processes: dict[int, str] = descendants()
         self.threads = set(threading.enumerate())
+        self.locked = _is_held(books_lock())
 
     def surplus(self, before: _State) -> list[str]:
         """What is here and was not before, in words."""
@@ -219,6 +230,8 @@ class _State:
             if pid not in before.processes
         ]
         found += [f"{thread}" for thread in self.threads - before.threads]
+        if self.locked:
+            found.append("the lock that is held around every fork, held")
         return found
 
 
