@@ -21,7 +21,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Any, Optional
 
-from jobserver._forking import books_lock, epoch
+from jobserver import _forking
 
 from ._section import lock, write_all
 from ._splice import waiting_bytes
@@ -29,6 +29,8 @@ from ._splice import waiting_bytes
 if TYPE_CHECKING:
     from ._pool import SlotPool
     from ._section import Section
+
+_books = _forking.books_lock()
 
 
 class Lease:
@@ -47,7 +49,7 @@ class Lease:
         self.since: float = 0.0  # when such a worker's token was last taken from the pool
         self._fd = fd
         self._token = token
-        self._epoch = epoch()
+        self._epoch = _forking._epoch
         if fd >= 0:
             pool.held_fds.add(fd)
 
@@ -58,9 +60,9 @@ class Lease:
     def release(self) -> None:
         """Put the token back. The lock is dropped for everybody who shares the description."""
         token, self._token = self._token, b""
-        if token and self._epoch == epoch():
+        if token and self._epoch == _forking._epoch:
             write_all(self.section.pipe, token)
-        with books_lock():
+        with _books:
             fd = self._let_go()
             if fd < 0:
                 return
@@ -93,7 +95,7 @@ class Lease:
     def abandon(self) -> None:
         """Let go without moving the token: whoever else shares the lock holds the slot on."""
         self._token = b""
-        with books_lock():
+        with _books:
             fd = self._let_go()
             if fd >= 0:
                 os.close(fd)
@@ -109,7 +111,7 @@ class Lease:
         """
         if self._fd < 0:
             return self
-        with books_lock():
+        with _books:
             moved = self.section.relocate(self._fd) or self.section.relock(self._fd, self.berth)
             lease = None
             if moved is not None:
@@ -135,7 +137,7 @@ class Lease:
         """Return the descriptor if it is still this object's to close, else -1."""
         fd, self._fd = self._fd, -1
         # After a fork the pool has closed what only the parent holds; the number may be reused.
-        if fd < 0 or self._epoch != epoch():
+        if fd < 0 or self._epoch != _forking._epoch:
             return -1
         self.pool.held_fds.discard(fd)
         return fd

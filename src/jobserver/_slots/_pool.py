@@ -25,6 +25,7 @@ from ._makeflags import Outer
 from ._section import PATIENCE, Section, new_fifo, ring_of, write_all
 from ._splice import waiting_bytes
 
+_books = _forking.books_lock()
 # What an unprivileged process may make a ring of pages, less one that partly read bytes may take.
 _LARGEST = 255
 # Up to this many slots there are twice as many berths, so that a random berth is free at the
@@ -137,7 +138,7 @@ class SlotPool:
             if self._janitor == -1 and section is not self.sections[0]:
                 self._start_janitor(section)
             for patience in range(PATIENCE, -1, -1):
-                with _forking.books_lock():  # no fork between the opening and the noting
+                with _books:  # no fork between the opening and the noting
                     taken = section.take(seat=seat)
                     if taken is not None:
                         fd, berth = taken
@@ -161,7 +162,7 @@ class SlotPool:
             return
         from ._janitor import start
 
-        with _forking.books_lock():
+        with _books:
             if self._janitor is None:
                 return  # another thread is at it
             self._janitor = None
@@ -173,7 +174,7 @@ class SlotPool:
     def reserve(self) -> Optional[Lease]:
         """Take a seat without a token, in the first section that has one, or return None."""
         for section in self.sections:
-            with _forking.books_lock():
+            with _books:
                 taken = section.reserve()
                 if taken is not None:
                     fd, berth = taken
@@ -191,7 +192,7 @@ class SlotPool:
 
     def sweep(self) -> int:
         """Put the tokens of dead holders back; any process may, at any time. Returns how many."""
-        with _forking.books_lock():
+        with _books:
             return sum(section.sweep() for section in self.sections)
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
