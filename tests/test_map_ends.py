@@ -13,6 +13,7 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
+    await_answer,
     await_end,
     fail,
     free_slots,
@@ -139,10 +140,13 @@ def test_callback_that_fails_amid_the_iteration(
 ) -> None:
     """A callback's error comes out of the iterator, which goes on with the next call."""
     js = Jobserver("fork", 2)
-    for name in ("one", "two"):
-        js.submit(gate.enter).when_done(fail, LookupError, name)
+    futures = [js.submit(gate.enter) for _ in range(2)]
+    for future, name in zip(futures, ("one", "two")):
+        future.when_done(fail, LookupError, name)
     gate.await_entered(2)
     gate.open()
+    for future in futures:
+        await_answer(future)
     numbers = range(4)
     results = js.map(identity, [(n,) for n in numbers], chunksize=chunksize, buffersize=buffersize)
     found: list[int] = []

@@ -27,7 +27,7 @@ from helpers import (
 )
 from jobs import nest, use_from_threads
 
-from jobserver import Blocked, CallbackRaised, Future, Jobserver, SubmissionDied
+from jobserver import Blocked, CallbackRaised, Future, Jobserver, SubmissionDied, _shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -165,6 +165,23 @@ def test_no_lost_wake_up_among_submitters() -> None:
     settle(js)
 
     assert sorted(future.result(0) for future in outcome) == list(range(12))
+
+
+@pytest.mark.contract("H3", "H13")
+def test_no_lost_wake_up_as_the_last_worker_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for workers to be gone goes on when another thread has reaped the last of them."""
+    monkeypatch.setattr(_shared, "_LINGER", PATIENCE)
+    begun = time.monotonic()
+    for _ in range(30):
+        js = Jobserver("fork", 1, max_tasks_per_child=None)
+        js.__enter__()
+        js.submit(nothing).result(PATIENCE)
+        closing = threading.Thread(target=js.__exit__, args=(None, None, None))
+        closing.start()
+        while closing.is_alive() and js._shared.reactor.poller.watched:
+            js._shared.reactor.reap()
+        closing.join()
+    assert time.monotonic() - begun < PATIENCE
 
 
 @pytest.mark.contract("H13", "F23")

@@ -17,7 +17,6 @@ from helpers import (
     getenv,
     lines,
     nothing,
-    pid,
     run_program,
     touch,
 )
@@ -300,10 +299,11 @@ def test_threads_are_joined(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.contract("S2")
-def test_every_submission_has_its_own_process(method: str) -> None:
+def test_every_submission_has_its_own_process(method: str, gate: Gate) -> None:
     """Two jobs at once have two processes, none of them the caller's."""
     with Jobserver(method, 2) as js:
-        first, second = js.submit(pid), js.submit(pid)
+        first, second = js.submit(gate.enter), js.submit(gate.enter)
+        gate.open()
         assert len({first.result(PATIENCE), second.result(PATIENCE), os.getpid()}) == 3
 
 

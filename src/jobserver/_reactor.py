@@ -193,7 +193,9 @@ class Reactor(Books):
                 flight.on_channel()
             elif fd == flight.pidfd:
                 flight.on_exit()
-                self._lingering -= flight.lingers
+                if flight.lingers:
+                    self._lingering -= 1
+                    settled = self._wake_last() or settled
             if flight.future is None:
                 if not flight.lingers and self.crew.leave(flight) and not flight.exited:
                     self._dismiss(flight)
@@ -205,6 +207,15 @@ class Reactor(Books):
             if self.closed or self._dropped:
                 self._release()
         return settled
+
+    def _wake_last(self) -> bool:
+        """Let go on who waits for processes to be gone; says whether the last one is."""
+        if self._lingering:
+            return False
+        for sleeper in self._followers:
+            if sleeper.target is None:
+                sleeper.wake()
+        return True
 
     def disarm(self, fd: int) -> None:
         """Forget an armed descriptor that is about to be closed."""
