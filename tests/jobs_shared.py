@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from helpers import PATIENCE
@@ -88,3 +90,10 @@ def write_fd(connection: Any) -> None:
 def hand_on(js: Jobserver, connection: Any) -> None:
     """Give a connection to a nested job."""
     js.submit(send, args=(connection, "from below")).result()
+
+
+def tracker_pipe() -> tuple[int, int]:
+    """Which pipe leads to the resource tracker of this process."""
+    tracker: Any = resource_tracker
+    status = os.fstat(tracker.getfd())
+    return status.st_dev, status.st_ino

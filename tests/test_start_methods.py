@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from multiprocessing import shared_memory
+from multiprocessing import resource_tracker, shared_memory
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from jobs_shared import (
     pass_event,
     put,
     send,
+    tracker_pipe,
     write_block,
     write_fd,
     write_shared,
@@ -159,6 +160,14 @@ def test_shared_memory(context: Any) -> None:
     finally:
         block.close()
         block.unlink()
+
+
+@pytest.mark.contract("J2", "S2")
+def test_resource_tracker_is_the_callers(context: Any) -> None:
+    """A job and its caller have one resource tracker: a job's own would unlink what it attaches."""
+    resource_tracker.ensure_running()
+    with Jobserver(context, 1) as js:
+        assert js.submit(tracker_pipe).result(PATIENCE) == tracker_pipe()
 
 
 @pytest.mark.contract("J2", "S2")

@@ -24,6 +24,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -72,10 +73,18 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
 def fork(passed: frozenset[int]) -> int:
     """Fork a worker that keeps the descriptors ``passed``."""
     me = threading.get_ident()
+    # Late releases of Python close the resource tracker's descriptor in the child of any fork that
+    # is not marked so; and the child's own tracker would unlink shared memory that is not its own.
+    intent: Any = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_fork_intent", None)
     _passing[me] = passed
     try:
+        if intent is None:
+            return os.fork()
+        intent.preserve_fd = True
         return os.fork()
     finally:
+        if intent is not None:
+            intent.preserve_fd = False
         _passing.pop(me, None)
 
 
