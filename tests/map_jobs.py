@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""Jobs of the tests of map(chunksize="auto")."""
+"""Jobs of the tests of map with calls that workers share."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -22,6 +23,26 @@ def note(path: str, number: int) -> int:
     """Say that this call has begun."""
     append(path, str(number))
     return number
+
+
+def note_and_enter_if(path: str, number: int, gate: Gate, held: int) -> int:
+    """Note the call, and enter the gate for one of the inputs."""
+    note(path, number)
+    if number == held:
+        gate.enter()
+    return number
+
+
+_counted = itertools.count(1)
+
+
+def open_last(gate: Gate, hold: bool, others: int) -> bool:
+    """Enter the gate; or open it once this worker has made so many calls that do not."""
+    if hold:
+        gate.enter()
+    elif next(_counted) == others:
+        gate.open()
+    return hold
 
 
 def meet_neighbour(directory: str, number: int) -> int:

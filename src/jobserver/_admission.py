@@ -86,6 +86,7 @@ class Admission:
         deadline: Optional[float],
         until: Optional[Future[Any]] = None,
         early: Optional[Callable[[], bool]] = None,
+        tick: float = TICK,
     ) -> None:
         """
         Wait for a slot for a child; a job without a deadline lends its own if there is no other.
@@ -99,6 +100,7 @@ class Admission:
             deadline: The ``time.monotonic`` instant at which to give up.
             until: Give up as well, taking nothing, when this future is done.
             early: Likewise, when this says so; it is asked at each tick.
+            tick: After so many seconds of fruitless waiting, again and again.
 
         Raises:
             Blocked: There was none in time.
@@ -148,7 +150,7 @@ class Admission:
                     test,
                     deadline,
                     arm=bell.arm(arm) if lends else arm,
-                    tick=TICK,
+                    tick=tick,
                     on_tick=slots.sweep,
                     looked=looked,
                 ):
@@ -246,6 +248,7 @@ class Admission:
         future: Future[Any],
         deadline: Optional[float],
         early: Optional[Callable[[], bool]] = None,
+        tick: Optional[float] = _GLANCE,
     ) -> bool:
         """
         Wait until ``future`` is done; issues callbacks meanwhile.
@@ -253,7 +256,9 @@ class Admission:
         Args:
             future: What to wait for.
             deadline: The ``time.monotonic`` instant at which to give up.
-            early: Asked now and then (under the lock) whether to go on already.
+            early: Asked (under the lock) whether to go on already ...
+            tick: ... after so many seconds, again and again, and when something has ended that has
+                the same sink.
         """
         if future._outcome is not None and not self.reactor.ready:
             return True
@@ -261,9 +266,7 @@ class Admission:
             if early is None:
                 return self._wait(lambda: future._outcome is not None, deadline, future)
             ask = early
-            return self._wait(
-                lambda: future._outcome is not None or ask(), deadline, future, tick=_GLANCE
-            )
+            return self._wait(lambda: future._outcome is not None or ask(), deadline, future, tick)
 
     def wait_for_all(self) -> None:
         """Wait until nothing is in flight; issues callbacks meanwhile."""
@@ -278,6 +281,7 @@ class Admission:
         tick: Optional[float] = None,
     ) -> bool:
         reactor, own = self.reactor, current_slot(self.reactor.slots)
+        target = future if future is None or future._sink is None else future._sink
         can_lend = deadline is None and own.attach(reactor.slots) and own.consumes
 
         def test() -> bool:
@@ -301,8 +305,8 @@ class Admission:
             elif can_lend:
                 bell = own.bell()
                 arm = (bell,) if bell >= 0 else ()
-                reactor.wait(test_or_heard, None, target=future, arm=arm, tick=tick, looked=looked)
-            elif not reactor.wait(test, deadline, target=future, tick=tick, looked=looked):
+                reactor.wait(test_or_heard, None, target=target, arm=arm, tick=tick, looked=looked)
+            elif not reactor.wait(test, deadline, target=target, tick=tick, looked=looked):
                 return False
             looked = False
 

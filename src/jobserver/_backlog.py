@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""The calls of an executor that wait for a slot."""
+"""The calls of an executor, or of a map, that wait for a slot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Callable, ContextManager, NamedTuple, Optional
 
 from ._check import check_pause
-from ._promise import Promise
+from ._pledge import Pledge
 from ._signals import deferred
 from ._worker._ledger import Ledger
 
@@ -47,53 +47,53 @@ class Backlog:
     def __init__(self, gate: Optional[Callable[[], Optional[float]]]) -> None:
         self.lock = threading.RLock()
         self._gate = gate
-        self._calls: OrderedDict[Promise[Any], Call] = OrderedDict()
+        self._calls: OrderedDict[Pledge, Call] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def __contains__(self, promise: Promise[Any]) -> bool:
+    def __contains__(self, promise: Pledge) -> bool:
         return promise in self._calls
 
-    def peek(self, count: int) -> list[tuple[Promise[Any], Call]]:
+    def peek(self, count: int) -> list[tuple[Pledge, Call]]:
         """Return the first so many, which stay where they are."""
         with deferred(), self.lock:
             return list(islice(self._calls.items(), count))
 
-    def put_back(self, calls: list[tuple[Promise[Any], Call]]) -> None:
+    def put_back(self, calls: list[tuple[Pledge, Call]]) -> None:
         """Put calls, in their order, ahead of all others."""
         with deferred(), self.lock:
             for promise, call in reversed(calls):
                 self._calls[promise] = call
                 self._calls.move_to_end(promise, last=False)
 
-    def add(self, promise: Promise[Any], call: Call) -> bool:
+    def add(self, promise: Pledge, call: Call) -> bool:
         """Put a call at the end, under the lock; says whether it is the only one."""
         self._calls[promise] = call
         return len(self._calls) == 1
 
-    def remove(self, promise: Promise[Any]) -> bool:
+    def remove(self, promise: Pledge) -> bool:
         """Take a promise out, wherever it is; False if somebody else has."""
         with deferred(), self.lock:
             return self._calls.pop(promise, None) is not None
 
-    def cut_off(self, promises: list[Promise[Any]]) -> None:
+    def cut_off(self, promises: list[Pledge]) -> None:
         """Take out what is there."""
         with deferred(), self.lock:
             for promise in promises:
                 del self._calls[promise]
 
-    def cut(self, keep: int) -> list[Promise[Any]]:
+    def cut(self, keep: int) -> list[Pledge]:
         """Take out all but the first ``keep``; the first of these is the last returned."""
         with deferred(), self.lock:
             return [self._calls.popitem()[0] for _ in range(len(self._calls) - keep)]
 
-    def first(self) -> Optional[Promise[Any]]:
+    def first(self) -> Optional[Pledge]:
         """Return the next promise."""
         with deferred(), self.lock:
             return next(iter(self._calls), None)
 
-    def head(self) -> Optional[Promise[Any]]:
+    def head(self) -> Optional[Pledge]:
         """Return the next promise, after asking the gate about it if it is time to."""
         while True:
             head = self.first()
@@ -109,7 +109,7 @@ class Backlog:
             else:
                 head.asks_at = time.monotonic() + pause
 
-    def take(self) -> Optional[tuple[Promise[Any], Call]]:
+    def take(self) -> Optional[tuple[Pledge, Call]]:
         """Take out the next call and make it running; None if there is none that may run."""
         while True:
             with deferred(), self.lock:
@@ -120,7 +120,7 @@ class Backlog:
             if head.told():
                 return head, call
 
-    def fail(self, promise: Promise[Any], error: BaseException) -> None:
+    def fail(self, promise: Pledge, error: BaseException) -> None:
         """Fail one call, unless it is cancelled or running already."""
         if self.remove(promise) and promise.told():
             promise.resolve(None, error)

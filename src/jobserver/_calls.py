@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
 """
-The queue from which the workers of an executor take short calls by themselves.
+The queue from which the workers of an executor, or of a map, take short calls by themselves.
 
 A hand-over for each call would cost as much as hundreds of them. So while calls wait in the
 backlog they are put, in their order, into a queue that all workers share (see ``_worker._queue``);
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ._backlog import Backlog, Call
-    from ._promise import Promise
+    from ._pledge import Pledge
 
 _PAGES = 16
 _BLOCK = 1 << 16
@@ -48,7 +48,7 @@ _SELDOM = 0.1
 class _Out(NamedTuple):
     """A call that was put into the queue and has not ended."""
 
-    promise: Promise[Any]
+    promise: Pledge
     call: Call
     block: int  # where its pickle is
 
@@ -117,6 +117,8 @@ class Calls:
     def __init__(self, backlog: Backlog) -> None:
         self._backlog = backlog
         self._epoch = _forking.epoch()
+        self._open = False
+        self.drains: dict[Any, Drain] = {}
         with _forking.books_lock():
             claims = new_fifo(_PAGES)
             try:
@@ -126,11 +128,11 @@ class Calls:
                 raise
             _forking.owned.update((claims, space))
         self.queue = Queue(claims, space)
+        self._open = True
         self.room = ring_of(claims) * PAGE // CLAIM.size
         #: See ``youth`` in ``_births``; of all that is in the queue.
         self.youth: float = -1
         self.surroundings: Any = None
-        self.drains: dict[Any, Drain] = {}
         self._numbers = count(1)
         self._out: dict[int, _Out] = {}
         self._used: dict[int, int] = {}  # how many calls are in each block of the space
@@ -166,7 +168,7 @@ class Calls:
             finally:
                 self._busy = False
 
-    def add(self, calls: Sequence[tuple[Promise[Any], Call, bytes]]) -> int:
+    def add(self, calls: Sequence[tuple[Pledge, Call, bytes]]) -> int:
         """Put calls, the first ones of the backlog, into the queue; returns how many have come."""
         with self._held():
             there = [each for each in calls if each[0] in self._backlog]
@@ -240,19 +242,19 @@ class Calls:
             return
         self._back([number for number, _, _ in CLAIM.iter_unpack(data)])
 
-    def begun(self) -> list[Promise[Any]]:
+    def begun(self) -> list[Pledge]:
         """Return the calls that drains are at, or have made."""
-        found: list[Promise[Any]] = []
+        found: list[Pledge] = []
         with self._backlog.lock:
             if not self._busy:
                 for drain in list(self.drains.values()):
                     found += self._promises(drain.progress()[1][drain.done :])
         return found
 
-    def _promises(self, numbers: Iterable[int]) -> list[Promise[Any]]:
+    def _promises(self, numbers: Iterable[int]) -> list[Pledge]:
         return [self._out[number].promise for number in numbers if number in self._out]
 
-    def results(self, drain: Drain, *, ended: bool) -> list[tuple[Promise[Any], Any]]:
+    def results(self, drain: Drain, *, ended: bool) -> list[tuple[Pledge, Any]]:
         """
         Return the calls that a drain has made, less those that have been returned before, each with
         the pickle of its result (None for that of None). They are the caller's to resolve.
@@ -276,7 +278,7 @@ class Calls:
             promises = [self._drop(number).promise for number in numbers[start:made]]
         return list(zip(promises, records))
 
-    def ended(self, job: Any, *, well: bool) -> Optional[Promise[Any]]:
+    def ended(self, job: Any, *, well: bool) -> Optional[Pledge]:
         """
         Forget a drain that has ended, whose results have been taken.
 
@@ -316,9 +318,21 @@ class Calls:
             return time.monotonic() + _LOOK / 2
         return min((drain.look_at for drain in self.drains.values()), default=None)
 
+    def abandon(self) -> None:
+        """Let go of the drains, which have their own hold of their ledgers."""
+        while self._open and self.drains:
+            self.drains.popitem()[1].close()
+
     def close(self) -> None:
         """Let go of the files."""
-        if self._epoch == _forking.epoch():
+        if self._open and self._epoch == _forking.epoch():
+            self._open = False
             self._out.clear()
             for fd in (self.queue.claims, self.queue.space):
                 _forking.close(fd)
+
+    def __del__(self) -> None:
+        # Only an exception at an unlucky instant (Ctrl-C in a `finally`) leads here with them open.
+        # Those who let go of this defer signals: what a handler raises in here would be lost.
+        self.abandon()
+        self.close()

@@ -17,6 +17,9 @@ from typing import Any, Optional
 from ._errors import SubmissionDied, Untransferable
 from ._worker._initialize import InitializerFailed
 
+#: The thread of an executor has no signals to handle.
+interruptible = False
+
 #: Why an executor goes on no more whose initializer has failed.
 BROKEN = "an initializer has failed: the executor is broken"
 

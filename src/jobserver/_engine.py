@@ -29,7 +29,7 @@ from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
-from . import _forking
+from . import _casualty, _forking
 from ._backlog import Backlog, Call
 from ._casualty import BROKEN, broken, of_start
 from ._engines import engines, interpreter_ends
@@ -64,7 +64,7 @@ class Engine:
         self._patience = Patience(jobserver)
         self._owns = owns
         self._backlog = Backlog(jobserver._sleep_fn)
-        self._runs = Runs(jobserver, initializer, self._backlog, self._patience)
+        self._runs = Runs(jobserver, initializer, self._backlog, self._patience, _casualty)
         self._sink = self._runs.sink
         self._lease: Optional[Lease] = None
         self.cancelling = False  # what finds no slot at once

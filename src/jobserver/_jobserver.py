@@ -27,6 +27,7 @@ from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
 from ._signals import deferred
 from ._slots._announce import check_style
+from ._slots._held import current_slot
 from ._slots._lease import Lease
 from ._worker._task import Task
 
@@ -282,8 +283,19 @@ class Jobserver(Commands):
         size = check_size(chunksize)
         check_buffersize(buffersize)
         inputs = Inputs(argses, kwargses, lazy=buffersize is not None)
+        if size == 1 and self._may_queue(plan):
+            from ._map_queue import QueueRun
+
+            return Results(QueueRun(self, fn, inputs, buffersize, plan.deadline))
         batches = Batches(fn, inputs, size, buffersize, bare=preexec_found is None)
         return Results(Run(self._shared, plan, batches))
+
+    def _may_queue(self, plan: Plan) -> bool:
+        shared = self._shared
+        if shared.tasks is not None or plan.env or plan.preexec_fn or plan.sleep_fn:
+            return False
+        with deferred(), shared.reactor.lock:
+            return not current_slot(shared.slots).attach(shared.slots)
 
     def replace(
         self,

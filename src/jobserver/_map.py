@@ -9,7 +9,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, Union
 
 from ._batch import Batch
 from ._batches import Batches
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._slots._lease import Lease
 
 
-class _Late(Exception):
+class Late(Exception):
     """The timeout is over; apart from the Blocked that fn itself may raise."""
 
 
@@ -81,7 +81,7 @@ class Run:
         self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
 
     def steps(self) -> Iterator[Any]:
-        """Submit, wait, and yield; a failed callback's error as a ``_Raised``."""
+        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
         try:
             while True:
                 self._settle()
@@ -90,7 +90,7 @@ class Run:
                     try:
                         self._refill()
                     except CallbackRaised as error:
-                        yield _Raised(error)
+                        yield Raised(error)
                     yield from head.results()
                     if head.ended:
                         self._batches.pop()
@@ -99,19 +99,14 @@ class Run:
                         if not self._go_on(head):
                             return
                     except CallbackRaised as error:
-                        yield _Raised(error)
-        except _Late:
-            # Here, as it brings logging along, whose fork hooks each job would pay for.
-            import concurrent.futures
-
-            raise concurrent.futures.TimeoutError(
-                "map has not finished within its timeout"
-            ) from None
+                        yield Raised(error)
+        except Late:
+            raise late() from None
         finally:
             self._futures.clear()
             self._batches.withdraw()
             self._batches.close()
-            _reclaim(self._shared)
+            reclaim(self._shared)
 
     def _settle(self) -> None:
         while self._ended:
@@ -129,7 +124,7 @@ class Run:
                 self._submit(time.monotonic(), None)
         except CallbackRaised:
             raise
-        except (_Late, _NoLedger):
+        except (Late, _NoLedger):
             pass  # there is none to be had at once
         except Exception as error:  # noqa: BLE001  # of an input, or of pickling it
             if self._next is None:
@@ -172,7 +167,7 @@ class Run:
         assert future is not None  # noqa: S101  # what is not submitted is cut before
         early = functools.partial(self._early, head) if several else None
         if not self._shared.admission.wait_for(future, self._plan.deadline, early):
-            raise _Late
+            raise Late
         if several and self._batches.can_rob() and self._free():
             self._batches.rob()
 
@@ -217,7 +212,7 @@ class Run:
                         self._admitted = True
                     shared.admission.take(taken, deadline, until, early)
                 except Blocked:
-                    raise _Late from None
+                    raise Late from None
                 if not taken:
                     return
                 future = shared.start(task, taken, lends=plan.lends)
@@ -234,7 +229,17 @@ class Run:
                 self._ended.append(future)
 
 
-class _Raised(NamedTuple):
+class Steps(Protocol):
+    """One map, to be iterated over."""
+
+    def steps(self) -> Iterator[Any]:
+        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
+        ...
+
+
+class Raised(NamedTuple):
+    """In place of a result: a callback has failed."""
+
     error: CallbackRaised
 
 
@@ -248,12 +253,12 @@ class Results(Iterator[Any]):
 
     __slots__ = ("_steps",)
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Steps) -> None:
         self._steps: Any = run.steps()
 
     def __next__(self) -> Any:
         value = next(self._steps)
-        if type(value) is _Raised:
+        if type(value) is Raised:
             raise value.error
         return value
 
@@ -270,7 +275,15 @@ class _NoLedger(Exception):
         self.why = why
 
 
-def _reclaim(shared: Shared) -> None:
+def late() -> Exception:
+    """Return what is raised when the timeout is over."""
+    # Here, as it brings logging along, whose fork hooks each job would pay for.
+    import concurrent.futures
+
+    return concurrent.futures.TimeoutError("map has not finished within its timeout")
+
+
+def reclaim(shared: Shared) -> None:
     """Give back at once what has ended already; errors of callbacks are for the next observer."""
     if not shared.closed and not issuing():
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from ._backlog import Backlog, Call
 from ._dump import _PLAIN
@@ -23,7 +23,7 @@ from ._worker._log import Small
 
 if TYPE_CHECKING:
     from ._calls import Calls
-    from ._promise import Promise
+    from ._pledge import Pledge
 
 #: So many calls are put into the queue at a time.
 PORTION = 256
@@ -52,19 +52,21 @@ class Packing:
     Args:
         backlog: Where the calls are, and stay.
         forks: Whether workers are forked, and so know the main module as it was then.
+        interruptible: Whether Ctrl-C amid pickling is to come through.
     """
 
-    def __init__(self, backlog: Backlog, *, forks: bool) -> None:
+    def __init__(self, backlog: Backlog, *, forks: bool, interruptible: bool) -> None:
         self._backlog = backlog
         self._forks = forks
+        self._interruptible = interruptible
         self._small = Small()
 
-    def portion(self, calls: Calls) -> list[tuple[Promise[Any], Call, bytes]]:
+    def portion(self, calls: Calls) -> list[tuple[Pledge, Call, bytes]]:
         """Return the first calls of the backlog that may go into the queue, with their pickles."""
         with refusing_descriptors():
             return self._portion(calls)
 
-    def _portion(self, calls: Calls) -> list[tuple[Promise[Any], Call, bytes]]:
+    def _portion(self, calls: Calls) -> list[tuple[Pledge, Call, bytes]]:
         packed = []
         oldest = min((each.born for each in calls.drains.values()), default=math.inf)
         known, young = None, 0.0
@@ -92,8 +94,10 @@ class Packing:
         try:
             whole = (fn, args, kwargs)
             pickled = pickle.dumps(whole, 5) if is_plain(call) else self._small.dumps(whole)
-        except BaseException:  # noqa: BLE001  # told where it is handed over by itself
-            return None
+        except BaseException as error:
+            if self._interruptible and not isinstance(error, Exception):
+                raise
+            return None  # told where it is handed over by itself
         return pickled if len(pickled) <= _LARGEST else None
 
 

@@ -19,7 +19,7 @@ The executor's thread sees to all that, as it is the one that looks for slots.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from ._holding import Resting
 from ._signals import deferred
@@ -28,7 +28,7 @@ from ._slots._own import own_slot
 
 if TYPE_CHECKING:
     from ._jobserver import Jobserver
-    from ._promise import Promise
+    from ._pledge import Pledge
 
 
 class Patience:
@@ -90,12 +90,12 @@ class Patience:
         self.shared.admission.regain()
         return bool(self._counts)
 
-    def started(self, promise: Promise[Any]) -> None:
+    def started(self, promise: Pledge) -> None:
         """A call is running now: if it is waited for, its slot is to come to this job."""
         if promise in self._counts and promise.job is not None:
             self.shared.reactor.claimed.add(promise.job)
 
-    def ended(self, promise: Promise[Any]) -> None:
+    def ended(self, promise: Pledge) -> None:
         """A call has ended: nobody needs to wait for it any more."""
         self._counts.pop(promise, None)
         if promise.job is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
 """
-What of an executor runs: single calls, and drains that make many; see ``_calls``.
+What of an executor or a map runs: single calls, and drains that make many; see ``_calls``.
 
-For the executor's thread alone, but for ``forget``, ``recall``, ``look_up``, ``send``, ``counts``,
+For the executor's thread alone, or that of a map; but for ``forget``, ``recall``, ``look_up``, ``send``, ``counts``,
 and what starts a call at once. No code of the user runs under a lock.
 """
 
@@ -12,20 +12,19 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ._backlog import Backlog, Call
 from ._calls import Calls, Drain
-from ._casualty import broken_by, of_end, of_start
 from ._future import Future
 from ._launch._prep import watched
 from ._outcome import Outcome
 from ._packing import PORTION, Packing, is_plain
 from ._patience import Patience
-from ._promise import Promise
-from ._signals import deferred
+from ._pledge import Pledge, Terms
+from ._signals import deferred, lifted
 from ._slots._lease import Lease
 from ._slots._own import own_slot
 from ._wire import RESULT, Frame
@@ -51,6 +50,7 @@ class Runs:
         initializer: Optional[Initializer],
         backlog: Backlog,
         patience: Patience,
+        terms: Terms,
     ) -> None:
         self._jobserver = jobserver
         self._shared = jobserver._shared
@@ -58,9 +58,12 @@ class Runs:
         self._initializer = initializer
         self._backlog = backlog
         self._patience = patience
-        self._packing = Packing(backlog, forks=self._shared.method == "fork")
+        self._terms = terms
+        self._packing = Packing(
+            backlog, forks=self._shared.method == "fork", interruptible=terms.interruptible
+        )
         # Guarded by the lock of the reactor; None for a promise that is already broken.
-        self.jobs: dict[Future[Any], Union[Promise[Any], Drain, None]] = {}
+        self.jobs: dict[Future[Any], Union[Pledge, Drain, None]] = {}
         self.sink: deque[Future[Any]] = deque()
         self.signal: Optional[int] = None  # to be sent to whatever is started
         self.calls: Optional[Calls] = None
@@ -98,11 +101,13 @@ class Runs:
         calls.surroundings = now
         if not len(calls):
             calls.youth = -1
-        with suppress(OSError):
-            calls.add(self._packing.portion(calls))
+        with lifted():  # pickling runs code of the user's
+            portion = self._packing.portion(calls)
+        with suppress(OSError), deferred():
+            calls.add(portion)
 
     def _open(self) -> Optional[Calls]:
-        with suppress(OSError):
+        with suppress(OSError), deferred():
             self.calls = Calls(self._backlog)
         return self.calls
 
@@ -112,7 +117,7 @@ class Runs:
             with deferred():
                 self.calls.recall()
 
-    def forget(self, promise: Promise[Any]) -> bool:
+    def forget(self, promise: Pledge) -> bool:
         """Take out a call that is pending; False if it is not, or cannot be had just now."""
         with deferred(), self._backlog.lock:
             if promise.number and self.calls is not None:
@@ -162,8 +167,10 @@ class Runs:
         try:
             with call.handed_over():
                 job = self._launch(lease, *call[:3])
-        except BaseException as error:  # noqa: BLE001
-            promise.resolve(None, of_start(error))
+        except BaseException as error:
+            if self._comes_through(error):
+                raise
+            promise.resolve(None, self._terms.of_start(error))
             return
         with deferred(), self._shared.reactor.lock:
             self.jobs[job] = promise
@@ -187,7 +194,7 @@ class Runs:
         self._at_once += 1
         return True
 
-    def start_at_once(self, promise: Promise[Any], call: Call) -> bool:
+    def start_at_once(self, promise: Pledge, call: Call) -> bool:
         """
         Start a call, or put it into the backlog; for the thread that submits it.
 
@@ -211,7 +218,7 @@ class Runs:
             try:
                 job = self._launch(lease, *call[:3])
             except Exception as error:  # noqa: BLE001
-                promise.resolve(None, of_start(error))
+                promise.resolve(None, self._terms.of_start(error))
                 return False
         finally:
             with reactor.lock:
@@ -242,8 +249,10 @@ class Runs:
         try:
             with calls.queue.handed_over(), made.ledger.handed_over():
                 job = self._launch(lease, drain, (calls.queue, made.ledger), {})
-        except BaseException:  # noqa: BLE001
+        except BaseException as error:
             made.close()
+            if self._comes_through(error):
+                raise
             self._cannot_drain(calls)
             return
         with deferred(), self._shared.reactor.lock:
@@ -252,6 +261,9 @@ class Runs:
             self.jobs[job] = made
             calls.drains[job] = made
         self._greet(job)
+
+    def _comes_through(self, error: BaseException) -> bool:
+        return self._terms.interruptible and not isinstance(error, Exception)
 
     def _cannot_drain(self, calls: Calls) -> None:
         """Have each call be told for itself what is in the way."""
@@ -289,24 +301,30 @@ class Runs:
                 self._early.add(job)  # another thread has started it, and is about to note that
                 return None
             run = self.jobs.pop(job)
-            if isinstance(run, Promise):
-                self._patience.ended(run)
+            promise = None if isinstance(run, Drain) else run
+            if promise is not None:
+                self._patience.ended(promise)
         outcome = job._outcome
         assert outcome is not None  # noqa: S101  # that is what being in the sink means
-        promise = run if isinstance(run, Promise) else None
         if run is None:  # its promise was broken
             return None
         value: Any = None
         failure: Optional[BaseException] = None
         try:
-            value = outcome.get()
-        except BaseException as error:  # noqa: BLE001
+            # An interruption would be lost here, as nobody is told what a drain has come to.
+            with nullcontext() if promise is not None else deferred():
+                value = outcome.get()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and self._comes_through(error):
+                raise  # in a job it would have been its death
             # The traceback leads to this frame, and that to what refers to the error.
             error.__traceback__ = None
             failure = error
         if isinstance(run, Drain) and self.calls is not None:
-            self._resolve(self.calls.results(run, ended=True))
-            promise = self.calls.ended(job, well=failure is None)
+            with deferred():
+                results = self.calls.results(run, ended=True)
+                promise = self.calls.ended(job, well=failure is None)
+            self._resolve(results)
             value = value.value if isinstance(value, Last) else None
             if failure is not None and promise is None and not run.done:
                 self._cannot_drain(self.calls)  # else the next one might die just so, for ever
@@ -320,8 +338,8 @@ class Runs:
         if self._error is not None:
             return self._error()
         if isinstance(failure, InitializerFailed):
-            return broken_by(failure)
-        return of_end(failure, died=died)
+            return self._terms.broken_by(failure)
+        return self._terms.of_end(failure, died=died)
 
     def look(self) -> None:
         """See how far drains are that last; and whether calls are to be made by others."""
@@ -331,7 +349,9 @@ class Runs:
         now = time.monotonic()
         for each in list(calls.drains.values()):
             if now >= each.look_at:
-                self._resolve(calls.results(each, ended=False))
+                with deferred():
+                    results = calls.results(each, ended=False)
+                self._resolve(results)
                 self.look_up()
         calls.settle_lost()
         if self._error is not None:
@@ -341,7 +361,7 @@ class Runs:
         """Return when there is something to look at; None for never."""
         return None if self.calls is None else self.calls.next_look()
 
-    def _resolve(self, results: list[tuple[Promise[Any], Any]]) -> None:
+    def _resolve(self, results: list[tuple[Pledge, Any]]) -> None:
         loads = pickle.loads
         for promise, record in results:
             if self._error is not None:
@@ -356,13 +376,13 @@ class Runs:
                 else:
                     promise.resolve(value)
 
-    def _resolve_unreadable(self, promise: Promise[Any], record: bytes) -> None:
+    def _resolve_unreadable(self, promise: Pledge, record: bytes) -> None:
         frame = Frame(RESULT, 0, 0, [b"", record])
         try:
             promise.resolve(Outcome(frame, None).get())
         except BaseException as error:  # noqa: BLE001
             error.__traceback__ = None
-            promise.resolve(None, of_end(error, died=False))
+            promise.resolve(None, self._terms.of_end(error, died=False))
 
     def fail_all(self, error: Callable[[], BaseException]) -> None:
         """Kill all jobs, and fail all calls."""
@@ -372,16 +392,26 @@ class Runs:
         with deferred(), self._shared.reactor.lock:
             runs = list(self.jobs.items())
             for job, run in runs:
-                if isinstance(run, Promise):
+                if run is not None and not isinstance(run, Drain):
                     self.jobs[job] = None
                     self._patience.ended(run)
         for job, run in runs:
             job._send(SIGKILL)
-            if isinstance(run, Promise):
+            if run is not None and not isinstance(run, Drain):
                 run.resolve(None, error())
         self._backlog.fail_all(error())
 
+    def abandon(self) -> None:
+        """Have nothing more begun; what runs runs on, and nobody asks what it will come to."""
+        with deferred():
+            self.recall()
+            self._backlog.cut(0)
+            if self.calls is not None:
+                self.calls.abandon()
+            self.close()
+
     def close(self) -> None:
         """Let go of the queue, in which nothing is left."""
-        if self.calls is not None:
-            self.calls.close()
+        calls, self.calls = self.calls, None
+        if calls is not None:
+            calls.close()

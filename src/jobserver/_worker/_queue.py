@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
 """
-Make the calls that stand in an executor's queue, one after the other, on one slot.
+Make the calls that stand in the queue of an executor or a map, one after the other, on one slot.
 
-The queue is shared by all workers of the executor: a FIFO of *claims*, each a call's number and
+The queue is shared by all of its workers: a FIFO of *claims*, each a call's number and
 where its pickle is, and the *space*, a file with these pickles. To read a claim is to take the
 call: the kernel gives it to one reader, be that a worker or the submitter who wants it back.
 

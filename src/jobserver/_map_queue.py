@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""
+``Jobserver.map`` with single calls and warm workers, which take the calls from a queue.
+
+To hand over each call by itself costs several times what most workers take for a short one. So the
+calls go the way of an executor's (see ``_calls`` and ``_runs``), and the thread that iterates does
+what the executor's thread does there.
+
+Guarantees:
+
+* The thread works on it while it waits for a result, and before each result that it yields: a slot
+  that is free meanwhile gets to work. Between two results it is in code of the user's, and workers
+  go on with what is in the queue.
+* What is in the queue when the iteration is left is made by nobody: it had no slot.
+* In a job, or beside a slot that this thread holds, calls are handed over one by one, as that is
+  where slots are lent (see ``_map``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from . import _forking
+from ._admission import TICK
+from ._backlog import Backlog, Call
+from ._errors import Blocked, CallbackRaised
+from ._map import Late, Raised, late, reclaim
+from ._packing import PORTION
+from ._patience import Patience
+from ._pledge import AS_THEY_ARE, Slip
+from ._runs import Runs
+from ._signals import deferred
+from ._slots._held import current_slot
+
+# How long a slot may be idle at most while results are yielded, if the user asks for the next one.
+_TURN = 0.001
+# Not to look more often than this, in seconds.
+_LEAST = 0.001
+
+if TYPE_CHECKING:
+    from ._inputs import Inputs
+    from ._jobserver import Jobserver
+    from ._slots._lease import Lease
+
+
+class QueueRun:
+    """
+    One map, in the thread that iterates over it.
+
+    Args:
+        jobserver: Has workers that run any number of jobs, and no defaults for submissions.
+        fn: What to call.
+        inputs: What to call it with.
+        room: None, or how many calls may be outstanding.
+        deadline: The ``time.monotonic`` instant at which to give up.
+    """
+
+    def __init__(
+        self,
+        jobserver: Jobserver,
+        fn: Callable[..., Any],
+        inputs: Inputs,
+        room: Optional[int],
+        deadline: Optional[float],
+    ) -> None:
+        self._shared = jobserver._shared
+        self._canary = self._shared.canary()  # the pool is in use, also without any other handle
+        self._fn = fn
+        self._inputs = inputs
+        self._room = room
+        self._deadline = deadline
+        self._epoch = _forking.epoch()
+        self._backlog = Backlog(None)
+        self._runs = Runs(jobserver, None, self._backlog, Patience(jobserver), AS_THEY_ARE)
+        self._order: deque[Slip] = deque()
+        self._next = 0.0  # when to see whether there is something to start, between results
+        self._read = False  # all inputs
+        self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
+
+    def steps(self) -> Iterator[Any]:
+        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
+        order = self._order
+        try:
+            while True:
+                self._feed()
+                if not order:
+                    if self._error is not None:
+                        raise self._error
+                    return
+                try:
+                    if not order[0].done:
+                        self._wait()
+                    elif time.monotonic() >= self._next:
+                        self._keep_up()
+                except CallbackRaised as error:
+                    yield Raised(error)
+                    continue
+                if order[0].done:
+                    slip = order.popleft()
+                    value, failure = slip.value, slip.error
+                    del slip  # nothing here is to refer to what has been yielded
+                    if failure is not None:
+                        try:
+                            raise failure
+                        finally:
+                            del failure  # else it and this frame are a cycle
+                    yield value
+                    del value
+        except Late:
+            raise late() from None
+        finally:
+            self._leave()
+
+    def _feed(self) -> None:
+        """Read inputs, a portion ahead of the workers or as far as there is room."""
+        count, least = PORTION - len(self._backlog), PORTION // 2
+        if self._room is not None:
+            count = min(count, self._room - len(self._order))
+            least = min(least, 1 + self._room // 4)
+        if count < least or self._read:
+            return
+        try:
+            found = self._inputs.take(count)
+        except Exception as error:  # noqa: BLE001  # whatever an iterable of the user's raises
+            self._error, found = error, None
+        if found is None:
+            self._read = True
+            return
+        argses, kwargses = found
+        kwargs_of = itertools.repeat({}) if kwargses is None else kwargses
+        fn, order, backlog = self._fn, self._order, self._backlog
+        with deferred(), backlog.lock:
+            for args, kwargs in zip(argses, kwargs_of):
+                slip = Slip()
+                order.append(slip)
+                backlog.add(slip, Call(fn, args, kwargs))
+
+    def _wait(self) -> None:
+        """Give a slot to work, or wait for what has one."""
+        shared, runs = self._shared, self._runs
+        if self._epoch != _forking.epoch():
+            raise RuntimeError("this map belongs to the process that this one was forked from")
+        shared.refuse_closed()
+        if self._wants():
+            with deferred():
+                self._place()
+        elif runs.jobs:
+            tick = self._until_look()
+            job = next(iter(runs.jobs))
+            if not shared.admission.wait_for(job, self._deadline, self._due, tick):
+                raise Late
+        self._note()
+
+    def _keep_up(self) -> None:
+        """Between two results: see what has ended, and have free slots work."""
+        shared = self._shared
+        self._next = time.monotonic() + _TURN
+        if self._epoch != _forking.epoch() or shared.closed:
+            return
+        with deferred():
+            taken: list[Lease] = []
+            try:
+                shared.admission.reap(keep=True)
+                self._start_all(taken)
+            except BaseException:
+                shared.admission.give_all_back(taken, unheard=True)
+                raise
+        self._note()
+
+    def _wants(self) -> bool:
+        self._backlog.head()  # asks whether it may start, and nobody minds
+        self._runs.fill()
+        return self._runs.wanted()
+
+    def _place(self) -> None:
+        """Wait for a slot, as long as nothing else is to be done, and start something on it."""
+        shared = self._shared
+        taken: list[Lease] = []
+        try:
+            shared.admission.reap(keep=True)
+            tick = self._until_look()
+            try:
+                shared.admission.take(
+                    taken, self._deadline, None, self._due, TICK if tick is None else tick
+                )
+            except Blocked:
+                raise Late from None
+            self._start_all(taken)
+        except BaseException:
+            shared.admission.give_all_back(taken, unheard=True)
+            raise
+        if current_slot(shared.slots).lent:
+            shared.admission.regain()
+
+    def _start_all(self, taken: list[Lease]) -> None:
+        """Start something on what was taken, and on what is free."""
+        shared = self._shared
+        while True:
+            if taken:
+                self._runs.start(taken.pop())
+            if not self._wants():
+                return
+            with shared.reactor.lock, suppress(OSError):  # who waits for a slot tells that
+                lease = shared.reactor.crew.try_take()
+                if lease is not None:
+                    taken.append(lease)
+            if not taken:
+                return
+
+    def _until_look(self) -> Optional[float]:
+        """Return in how many seconds to look how far workers are; None for not at all."""
+        look_at = self._runs.next_look()
+        if look_at is None or look_at == float("inf"):
+            return None
+        return min(max(look_at - time.monotonic(), _LEAST), TICK)
+
+    def _due(self) -> bool:
+        if self._runs.sink:
+            return True
+        look_at = self._runs.next_look()
+        return look_at is not None and look_at <= time.monotonic()
+
+    def _note(self) -> None:
+        """Take note of what has been made."""
+        runs = self._runs
+        self._shared.reactor.unload()  # to unpickle results runs code of the user's
+        while runs.sink:
+            runs.complete(runs.sink.popleft())
+        runs.look()
+
+    def _leave(self) -> None:
+        self._order.clear()
+        if self._epoch == _forking.epoch():
+            self._runs.abandon()
+            reclaim(self._shared)

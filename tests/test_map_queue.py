@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Jobserver.map with single calls and warm workers, which take the calls from a queue."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from helpers import (
+    PATIENCE,
+    Gate,
+    await_answer,
+    fail,
+    free_slots,
+    identity,
+    lines,
+    run_program,
+    settle,
+)
+from jobs import enter_if, fail_for
+from map_jobs import end_for, mapped_inside, note_and_enter_if, open_last, pid_for
+
+from jobserver import CallbackRaised, Jobserver, SubmissionDied
+
+#: More than are handed over one by one.
+CROWD = 60
+
+pytestmark = pytest.mark.contract("M18")
+
+
+def warm(method: str, slots: int, **more: Any) -> Jobserver:
+    """A Jobserver whose workers may run any number of jobs."""
+    return Jobserver(method, slots, max_tasks_per_child=None, **more)
+
+
+@pytest.mark.contract("M2", "M7")
+@pytest.mark.parametrize("buffersize", [None, 1, 25])
+def test_values_in_order(method: str, buffersize: int | None) -> None:
+    """Every call gives its value, in the order of the inputs."""
+    with warm(method, 2) as js:
+        found = js.map(identity, [(n,) for n in range(CROWD)], buffersize=buffersize)
+        assert list(found) == list(range(CROWD))
+
+
+def test_workers_are_those_of_the_slots(method: str) -> None:
+    """However many calls there are, no more processes make them than there are slots."""
+    with warm(method, 2) as js:
+        found = set(js.map(pid_for, [(n,) for n in range(5 * CROWD)]))
+        assert os.getpid() not in found
+        assert len(found) <= 2
+
+
+@pytest.mark.contract("M7")
+def test_inputs_are_read_as_needed() -> None:
+    """An infinite iterable works, of which only as much is read as may be outstanding."""
+    numbers = itertools.count()
+    with warm("fork", 2) as js:
+        results = js.map(identity, ((n,) for n in numbers), buffersize=30)
+        assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+        assert next(numbers) <= CROWD + 30
+        results.close()  # type: ignore[attr-defined]
+        assert js.submit(identity, args=(1,)).result(PATIENCE) == 1
+
+
+@pytest.mark.contract("M3")
+def test_keyword_arguments() -> None:
+    """Each call gets the keyword arguments that are its own."""
+    with warm("fork", 2) as js:
+        found: Iterator[dict[str, int]] = js.map(dict, None, [{"number": n} for n in range(CROWD)])
+        assert list(found) == [{"number": n} for n in range(CROWD)]
+
+
+def test_what_cannot_be_pickled_is_forked(gate: Gate) -> None:
+    """Functions that only a forked worker can have are called all the same."""
+    with warm("fork", 2) as js:
+        found = js.map(lambda n: n + 1, [(n,) for n in range(CROWD)])
+        assert list(found) == list(range(1, CROWD + 1))
+        settle(js)
+        assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("M2", "S19")
+def test_input_that_cannot_be_pickled() -> None:
+    """Its error comes in its turn, and names the start method."""
+    inputs: list[tuple[Any]] = [(n,) for n in range(CROWD)]
+    inputs[40] = (threading.Lock(),)
+    with warm("forkserver", 2) as js:
+        results = js.map(identity, inputs)
+        assert list(itertools.islice(results, 40)) == list(range(40))
+        with pytest.raises(TypeError, match="forkserver"):
+            next(results)
+
+
+def test_inputs_that_fail() -> None:
+    """What an iterable raises comes after the results of what it has given before."""
+
+    def inputs() -> Any:
+        yield from ((n,) for n in range(CROWD))
+        raise LookupError("no more")
+
+    with warm("fork", 2) as js:
+        results = js.map(identity, inputs(), buffersize=CROWD)
+        assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+        with pytest.raises(LookupError, match="no more"):
+            next(results)
+
+
+@pytest.mark.contract("M2")
+def test_exception_comes_in_its_turn(method: str, gate: Gate) -> None:
+    """A call that fails ends the iteration when it is its turn, with the results before it."""
+    with warm(method, 2) as js:
+        results = js.map(fail_for, [(n, 40) for n in range(CROWD)])
+        assert list(itertools.islice(results, 40)) == list(range(40))
+        with pytest.raises(LookupError, match="40"):
+            next(results)
+        assert list(results) == []
+        settle(js)
+        assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("F9")
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_death_is_that_of_its_call(method: str, how: str, tmp_path: Path, gate: Gate) -> None:
+    """A worker that dies fails the call that it was at; those before it and after it are made."""
+    log = tmp_path / "log"
+    with warm(method, 2) as js:
+        results = js.map(end_for, [(str(log), n, 40, how) for n in range(CROWD)])
+        assert list(itertools.islice(results, 40)) == list(range(40))
+        with pytest.raises(SubmissionDied):
+            next(results)
+        settle(js)
+        assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("M11", "M12")
+def test_leaving_early(method: str, tmp_path: Path, gate: Gate) -> None:
+    """What no worker has begun when the iteration is left is not made, and its slots come back."""
+    log = tmp_path / "log"
+    with warm(method, 1) as js:
+        results = js.map(note_and_enter_if, [(str(log), n, gate, 20) for n in range(CROWD)])
+        assert list(itertools.islice(results, 20)) == list(range(20))
+        gate.await_entered(1)
+        results.close()  # type: ignore[attr-defined]
+        gate.open()
+        assert js.submit(identity, args=(5,)).result(PATIENCE) == 5
+        assert sorted(map(int, lines(log))) == list(range(21))
+
+
+def test_results_do_not_wait_for_the_next_call(method: str, gate: Gate) -> None:
+    """What is made before a call that lasts is yielded while that lasts."""
+    with warm(method, 1) as js:
+        inputs = [(gate, n == 30) for n in range(CROWD)]
+        results = js.map(enter_if, inputs, timeout=PATIENCE)
+        assert list(itertools.islice(results, 30)) == [False] * 30
+        gate.open()
+        assert list(results) == [True] + [False] * (CROWD - 31)
+
+
+def test_calls_do_not_wait_for_one_that_lasts(method: str, gate: Gate) -> None:
+    """While one worker is at a call that lasts, the calls after it are made on the other slot."""
+    with warm(method, 2) as js:
+        inputs = [(gate, n == 0, CROWD - 1) for n in range(CROWD)]
+        results = js.map(open_last, inputs, timeout=PATIENCE)
+        assert list(results) == [True] + [False] * (CROWD - 1)
+
+
+@pytest.mark.contract("M10")
+def test_timeout(gate: Gate, make_gate: Callable[[], Gate]) -> None:
+    """Past the timeout the iterator raises, after what was there before."""
+    with warm("fork", 1) as js:
+        results = js.map(enter_if, [(gate, n == 30) for n in range(CROWD)], timeout=0.5)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            list(results)
+        gate.open()
+        settle(js)
+        assert free_slots(js, make_gate()) == 1
+
+
+@pytest.mark.contract("F19", "F20")
+def test_callback_that_fails_amid_the_iteration(gate: Gate) -> None:
+    """A callback's error comes out of the iterator, which goes on with the next call."""
+    with warm("fork", 2) as js:
+        futures = [js.submit(gate.enter) for _ in range(2)]
+        for future, name in zip(futures, ("one", "two")):
+            future.when_done(fail, LookupError, name)
+        gate.await_entered(2)
+        gate.open()
+        for future in futures:
+            await_answer(future)
+        results = js.map(identity, [(n,) for n in range(CROWD)])
+        found: list[int] = []
+        errors: list[str] = []
+        while len(found) < CROWD:
+            try:
+                found.append(next(results))
+            except CallbackRaised as error:
+                errors.append(str(error.__cause__))
+        assert found == list(range(CROWD))
+        assert sorted(errors) == ["one", "two"]
+
+
+@pytest.mark.contract("N3", "K5")
+def test_beside_a_slot_that_is_held() -> None:
+    """A thread that holds the only slot lends it to the calls, whenever it has taken it."""
+    with warm("fork", 1) as js:
+        with js.slot():
+            assert list(js.map(identity, [(n,) for n in range(CROWD)])) == list(range(CROWD))
+        results = js.map(identity, [(n,) for n in range(2 * CROWD)])
+        assert next(results) == 0
+        with js.slot():
+            assert list(results) == list(range(1, 2 * CROWD))
+
+
+@pytest.mark.contract("N3")
+def test_inside_a_job(method: str) -> None:
+    """A job on the only slot maps, too."""
+    with warm(method, 1) as js:
+        assert js.submit(mapped_inside, args=(js, CROWD)).result(PATIENCE) == list(range(CROWD))
+
+
+@pytest.mark.contract("H13")
+def test_from_many_threads(gate: Gate) -> None:
+    """Maps of several threads share the slots, and each gets its own results."""
+    found: dict[int, list[int]] = {}
+
+    def run(start: int) -> None:
+        numbers = range(start, start + 4 * CROWD)
+        found[start] = list(js.map(identity, [(n,) for n in numbers]))
+
+    with warm("fork", 2) as js:
+        threads = [threading.Thread(target=run, args=(1000 * n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {1000 * n: list(range(1000 * n, 1000 * n + 4 * CROWD)) for n in range(4)}
+        settle(js)
+        assert free_slots(js, gate) == 2
+
+
+def test_maps_in_turn() -> None:
+    """Two maps on one slot may be iterated over in turn."""
+    with warm("fork", 1) as js:
+        one, two = (js.map(identity, [(n,) for n in range(CROWD)]) for _ in range(2))
+        assert list(zip(one, two)) == [(n, n) for n in range(CROWD)]
+
+
+def test_closed_amid_the_iteration() -> None:
+    """What is still to be started when the Jobserver is closed fails with RuntimeError."""
+    js = warm("fork", 1)
+    with js:
+        results = js.map(identity, [(n,) for n in range(20 * CROWD)])
+        assert next(results) == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        list(results)
+
+
+def test_forked_amid_the_iteration() -> None:
+    """In a process that is forked meanwhile the iteration cannot go on, and says so."""
+    with warm("fork", 1) as js:
+        results = js.map(identity, [(n,) for n in range(20 * CROWD)])
+        assert next(results) == 0
+        child = os.fork()
+        if child == 0:
+            try:
+                list(results)
+            except RuntimeError as error:
+                os._exit(7 if "forked" in str(error) or "closed" in str(error) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert list(results) == list(range(1, 20 * CROWD))
+        settle(js)
+
+
+STORM = """
+import random, signal, sys
+from pathlib import Path
+from jobserver import Jobserver
+from helpers import Gate, free_slots, identity, settle, steady_fds
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+def all_fds(js):
+    settle(js)
+    js._shared.reactor.dissolve()
+    return steady_fds(js)
+
+if __name__ == "__main__":
+    method, rounds, directory = sys.argv[1:]
+    random.seed(1)
+    signal.signal(signal.SIGALRM, interrupt)
+    js = Jobserver(method, 2, max_tasks_per_child=None)
+    inputs = [(n,) for n in range(60)]
+    assert list(js.map(identity, inputs)) == list(range(60))
+    wrong, expected = set(), set(range(60))
+    before = all_fds(js)
+    caught = 0
+    for _ in range(int(rounds)):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 8e-3))
+            while True:
+                # Not an assert: from Python 3.12 on the jump back after a condition that ends a
+                # loop is outside of the try, and that is where handlers run.
+                wrong.update(set(js.map(identity, inputs)) ^ expected)
+        except KeyboardInterrupt:
+            caught += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not wrong
+    grown = all_fds(js) - before
+    settle(js)
+    print(caught, free_slots(js, Gate(Path(directory))), grown)
+"""
+
+
+@pytest.mark.contract("S18")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_storm_of_interrupts(method: str, tmp_path: Path, gate: Gate) -> None:
+    """Interrupts at random moments of a map lose no slot and no descriptor."""
+    script = tmp_path / "program.py"
+    script.write_text(STORM)
+    done = run_program([str(script), method, "150", gate.directory], timeout=100)
+    assert (done.stdout, done.stderr) == ("150 2 0\n", "")
