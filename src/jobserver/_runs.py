@@ -3,8 +3,8 @@
 """
 What of an executor or a map runs: single calls, and drains that make many; see ``_calls``.
 
-For the executor's thread alone, or that of a map; but for ``forget``, ``recall``, ``look_up``, ``send``, ``counts``,
-and what starts a call at once. No code of the user runs under a lock.
+For the executor's thread alone, or that of a map; but for ``forget``, ``recall``, ``look_up``,
+``send``, ``counts``, and what starts a call at once. No code of the user runs under a lock.
 """
 
 from __future__ import annotations
