@@ -7,11 +7,12 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, Optional, Protocol
 
 from ._outcome import Outcome
 from ._wire import RESULT, Frame
-from ._worker._ledger import Ledger, Record
+from ._worker._ledger import Ledger, Record, Records
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -123,14 +124,16 @@ class Batch:
         Of a batch that still runs all is read before this returns.
         """
         records = self._records
+        ended = records is not None
         if records is not None:
             self.taken = self.stop
-            return self._values(records, ended=True)
-        assert self.ledger is not None  # noqa: S101  # that of one that runs
-        start, self.taken = self.taken, self._readable()
-        return self._values(
-            [*self.ledger.records(self.ledger.ends(), start, self.taken)], ended=False
-        )
+        else:
+            assert self.ledger is not None  # noqa: S101  # that of one that runs
+            start, self.taken = self.taken, self._readable()
+            records = self.ledger.records(self.ledger.ends(), start, self.taken)
+        if isinstance(records, Records) and records.data == b"" and not (ended and self.last):
+            return repeat(None, len(records))  # None has an empty record, and nothing else has
+        return self._values(records if ended else [*records], ended=ended)
 
     def _values(self, records: Iterable[Any], *, ended: bool) -> Iterator[Any]:
         for record in records:

@@ -286,9 +286,9 @@ class Jobserver(Commands):
         if size == 1 and self._may_queue(plan):
             from ._map_queue import QueueRun
 
-            return Results(QueueRun(self, fn, inputs, buffersize, plan.deadline))
+            return Results.of(QueueRun(self, fn, inputs, buffersize, plan.deadline))
         batches = Batches(fn, inputs, size, buffersize, bare=preexec_found is None)
-        return Results(Run(self._shared, plan, batches))
+        return Results.of(Run(self._shared, plan, batches))
 
     def _may_queue(self, plan: Plan) -> bool:
         shared = self._shared

@@ -8,7 +8,8 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Protocol, Union
 
 from ._batch import Batch
@@ -79,9 +80,10 @@ class Run:
         self._next: Optional[Batch] = None  # cut, and not submitted yet
         self._admitted = False  # the sleep_fn has let it in
         self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
+        self._telling = Telling(self._leave)
 
-    def steps(self) -> Iterator[Any]:
-        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
+    def steps(self) -> Iterator[Iterable[Any]]:
+        """Submit, wait, and yield results, as many at a time as there are."""
         try:
             while True:
                 self._settle()
@@ -90,8 +92,10 @@ class Run:
                     try:
                         self._refill()
                     except CallbackRaised as error:
-                        yield Raised(error)
-                    yield from head.results()
+                        yield raising(error)
+                    yield self._telling.of(head.results())
+                    if self._telling.over:
+                        return
                     if head.ended:
                         self._batches.pop()
                 else:
@@ -99,14 +103,17 @@ class Run:
                         if not self._go_on(head):
                             return
                     except CallbackRaised as error:
-                        yield Raised(error)
+                        yield raising(error)
         except Late:
             raise late() from None
         finally:
-            self._futures.clear()
-            self._batches.withdraw()
-            self._batches.close()
-            reclaim(self._shared)
+            self._telling.leave()
+
+    def _leave(self) -> None:
+        self._futures.clear()
+        self._batches.withdraw()
+        self._batches.close()
+        reclaim(self._shared)
 
     def _settle(self) -> None:
         while self._ended:
@@ -229,38 +236,77 @@ class Run:
                 self._ended.append(future)
 
 
+class Telling:
+    """
+    The results that a map is just yielding, and its end.
+
+    Args:
+        leave: What is to be done at the end; it is done once.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+        self._values: Optional[Iterator[Any]] = None
+        self.over = False
+
+    def of(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Return the values; the first that raises is the end of the map."""
+        self._values = found = self._told(values)
+        return found
+
+    def _told(self, values: Iterable[Any]) -> Iterator[Any]:
+        try:
+            yield from values
+        except BaseException:
+            self._values = None
+            self.leave()
+            raise
+        self._values = None
+
+    def leave(self) -> None:
+        """The map ends here, whatever has been yielded of it."""
+        if self.over:
+            return
+        self.over = True
+        values: Any = self._values
+        self._values = None
+        if values is not None:
+            values.close()
+        self._leave()
+
+
 class Steps(Protocol):
     """One map, to be iterated over."""
 
-    def steps(self) -> Iterator[Any]:
-        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
+    def steps(self) -> Iterator[Iterable[Any]]:
+        """Submit, wait, and yield results, as many at a time as there are."""
         ...
 
 
-class Raised(NamedTuple):
-    """In place of a result: a callback has failed."""
+def raising(error: CallbackRaised) -> Iterator[Any]:
+    """Return in place of results what raises that a callback has failed."""
+    raise error
+    yield
 
-    error: CallbackRaised
 
-
-class Results(Iterator[Any]):
+class Results(chain[Any]):
     """
     What ``map`` returns.
 
     Not a generator, which ends with whatever is raised out of it: when a callback has failed, the
-    next call goes on where this one was.
+    next call goes on where this one was. So does a chain of iterators when one of them raises; and
+    it takes no Python code to step from one result to the next.
     """
 
-    __slots__ = ("_steps",)
+    _steps: Any
 
-    def __init__(self, run: Steps) -> None:
-        self._steps: Any = run.steps()
-
-    def __next__(self) -> Any:
-        value = next(self._steps)
-        if type(value) is Raised:
-            raise value.error
-        return value
+    @classmethod
+    def of(cls, run: Steps) -> Results:
+        """Return the results of a map."""
+        steps = run.steps()
+        results: Any = cls.from_iterable(steps)
+        results._steps = steps
+        return results  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End the iteration."""

@@ -20,9 +20,10 @@ Guarantees:
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -30,7 +31,7 @@ from . import _forking
 from ._admission import TICK
 from ._backlog import Backlog, Call
 from ._errors import Blocked, CallbackRaised
-from ._map import Late, Raised, late, reclaim
+from ._map import Late, Telling, late, raising, reclaim
 from ._packing import PORTION
 from ._patience import Patience
 from ._pledge import AS_THEY_ARE, Slip
@@ -82,9 +83,10 @@ class QueueRun:
         self._next = 0.0  # when to see whether there is something to start, between results
         self._read = False  # all inputs
         self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
+        self._telling = Telling(self._leave)
 
-    def steps(self) -> Iterator[Any]:
-        """Submit, wait, and yield; a failed callback's error as a ``Raised``."""
+    def steps(self) -> Iterator[Iterable[Any]]:
+        """Submit, wait, and yield results, as many at a time as there are."""
         order = self._order
         try:
             while True:
@@ -99,23 +101,33 @@ class QueueRun:
                     elif time.monotonic() >= self._next:
                         self._keep_up()
                 except CallbackRaised as error:
-                    yield Raised(error)
+                    yield raising(error)
                     continue
                 if order[0].done:
-                    slip = order.popleft()
-                    value, failure = slip.value, slip.error
-                    del slip  # nothing here is to refer to what has been yielded
-                    if failure is not None:
-                        try:
-                            raise failure
-                        finally:
-                            del failure  # else it and this frame are a cycle
-                    yield value
-                    del value
+                    yield self._telling.of(self._values())
+                    if self._telling.over:
+                        return
         except Late:
             raise late() from None
         finally:
-            self._leave()
+            self._telling.leave()
+
+    def _values(self) -> Iterator[Any]:
+        """Yield what is done, for as long as nothing else is to be done."""
+        order = self._order
+        while order and order[0].done:
+            slip = order.popleft()
+            value, failure = slip.value, slip.error
+            del slip  # nothing here is to refer to what has been yielded
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del failure  # else it and this frame are a cycle
+            yield value
+            del value
+            if time.monotonic() >= self._next:
+                return
 
     def _feed(self) -> None:
         """Read inputs, a portion ahead of the workers or as far as there is room."""
@@ -160,9 +172,9 @@ class QueueRun:
     def _keep_up(self) -> None:
         """Between two results: see what has ended, and have free slots work."""
         shared = self._shared
-        self._next = time.monotonic() + _TURN
+        self._next = math.inf
         if self._epoch != _forking.epoch() or shared.closed:
-            return
+            return  # what there is is yielded all the same
         with deferred():
             taken: list[Lease] = []
             try:
@@ -233,6 +245,7 @@ class QueueRun:
         while runs.sink:
             runs.complete(runs.sink.popleft())
         runs.look()
+        self._next = time.monotonic() + _TURN
 
     def _leave(self) -> None:
         self._order.clear()

@@ -183,6 +183,9 @@ class Records:
         self._at = at
         self._ends = ends
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
     def __iter__(self) -> Iterator[Any]:
         """Yield a pickle (``bytes``), None for that of None, or a ``Record``."""
         data, base = self.data, self._at
