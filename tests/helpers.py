@@ -130,24 +130,45 @@ def await_answer(future: Any) -> None:
 
 def descendants(root: int | None = None) -> dict[int, str]:
     """All living or zombie descendants of a process (default: this one) with their state."""
-    parents: dict[int, tuple[int, str]] = {}
+    children = (
+        _children_told
+        if os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+        else _children_sought()
+    )
+    family: dict[int, str] = {}
+    generation = {root or os.getpid()}
+    while generation:
+        found = {child for pid in generation for child in children(pid)} - family.keys()
+        states = {child: process_state(child) for child in found}
+        generation = {child for child, state in states.items() if state is not None}
+        family.update((child, state) for child, state in states.items() if state is not None)
+    return family
+
+
+def _children_told(pid: int) -> set[int]:
+    """The children of a process, as the kernel lists them; twice, as one that is reaped just then
+    can hide its neighbour."""
+    told: list[set[int]] = []
+    while len(told) < 2 or told[-1] != told[-2]:
+        found: set[int] = set()
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{task}/children", "rb") as stream:
+                    found.update(map(int, stream.read().split()))
+        told.append(found)
+    return told[-1]
+
+
+def _children_sought() -> Callable[[int], set[int]]:
+    """The same where the kernel has no such lists: from the parents of all processes there are."""
+    families: dict[int, set[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as stream:
-                fields = stream.read().rpartition(b")")[2].split()
-        except OSError:
-            continue
-        parents[int(name)] = (int(fields[1]), fields[0].decode())
-    family: dict[int, str] = {}
-    generation: set[int] = {root or os.getpid()}
-    while generation:
-        generation = {
-            pid for pid, (ppid, _) in parents.items() if ppid in generation and pid not in family
-        }
-        family.update((pid, parents[pid][1]) for pid in generation)
-    return family
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stream:
+            parent = int(stream.read().rpartition(b")")[2].split()[1])
+            families.setdefault(parent, set()).add(int(name))
+    return lambda pid: families.get(pid, set())
 
 
 def session_members(sid: int) -> list[int]:
