@@ -122,7 +122,7 @@ def fail_from_cause() -> None:
 
 
 class Catcher:
-    """A job that handles one signal and answers with what it has caught."""
+    """A job that handles one signal, and answers through the gate with what it has caught."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -132,6 +132,7 @@ class Catcher:
         signal.signal(signum, lambda number, frame: caught.append(number))
         touch(f"{self.gate.directory}/in.{os.getpid()}")
         wait_until(lambda: caught, "the signal")
+        wait_until(self.gate.is_open, "the gate to open")
         return caught
 
 

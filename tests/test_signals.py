@@ -46,6 +46,7 @@ def test_signal_that_the_job_handles(method: str, gate: Gate) -> None:
         future = js.submit(Catcher(gate), args=(signal.SIGUSR1,))
         gate.await_entered(1)
         assert future.wait(0, signal=signal.SIGUSR1) is False
+        gate.open()
         assert future.result(PATIENCE) == [signal.SIGUSR1]
 
 
