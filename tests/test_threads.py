@@ -73,11 +73,11 @@ def test_no_thread_is_started(method: str, gate: Gate) -> None:
         assert list(js.map(identity, [(1,), (2,)], buffersize=1)) == [1, 2]
         with pytest.raises(Blocked):
             running.result(0.05)
-        assert os_threads() == before
+        assert os_threads() <= before  # whose last ones may still end
         gate.open()
         assert running.wait(PATIENCE)
         js.reclaim_resources()
-        assert os_threads() == before
+        assert os_threads() <= before  # whose last ones may still end
 
 
 @pytest.mark.contract("H13", "F23", "F12")
