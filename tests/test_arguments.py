@@ -92,6 +92,7 @@ def test_bad_consume(consume: Any) -> None:
         {"kwargs": 5},
         {"kwargs": None},
         {"kwargs": [("b", 1)]},
+        {"kwargs": {5: 1}},
         {"timeout": -1},
         {"timeout": -1e-9},
         {"timeout": math.nan},
@@ -153,8 +154,13 @@ def test_failing_iterable_of_args(gate: Gate) -> None:
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize(
     "what",
-    [{"fn": lambda: 1}, {"args": (threading.Lock(),)}, {"kwargs": {"a": RaisesWhenPickled()}}],
-    ids=["fn", "args", "kwargs"],
+    [
+        {"fn": lambda: 1},
+        {"args": (threading.Lock(),)},
+        {"kwargs": {"a": RaisesWhenPickled()}},
+        {"preexec_fn": lambda: None},
+    ],
+    ids=["fn", "args", "kwargs", "preexec_fn"],
 )
 def test_unpicklable_arguments(method: str, gate: Gate, what: dict[str, Any]) -> None:
     """What cannot be pickled is a TypeError that names the start method and keeps the cause."""

@@ -96,14 +96,16 @@ def test_sleep_fn_that_always_says_zero() -> None:
 
 @pytest.mark.contract("S12", "S18")
 @pytest.mark.parametrize(
-    "answer", [-1, -1e-9, math.nan, -math.inf, "1", b"1", [], object(), 1j], ids=repr
+    "answer",
+    [-1, -1e-9, math.nan, -math.inf, "1", b"1", bytearray(b"1"), [], object(), 1j],
+    ids=repr,
 )
 def test_bad_answers_of_sleep_fn(gate: Gate, answer: Any) -> None:
     """Any other answer is a ValueError, and no slot is lost."""
     js = Jobserver("fork", 1)
 
     with pytest.raises(ValueError):
-        js.submit(nothing, sleep_fn=lambda: answer)
+        js.submit(nothing, sleep_fn=lambda: answer, timeout=1)
     assert free_slots(js, gate) == 1
 
 

@@ -102,6 +102,8 @@ def check_env(env: Env) -> dict[str, Optional[str]]:
             f"env must be a mapping or pairs of (name, value), not {type(env).__name__}"
         ) from None
     for pair in pairs:
+        if isinstance(pair, str):  # two letters are no pair
+            raise TypeError(f"env must hold pairs of (name, value), not {pair!r}")
         try:
             name, value = pair
         except (TypeError, ValueError):
@@ -137,13 +139,16 @@ def check_pause(pause: Any) -> Optional[float]:
     """Return what a ``sleep_fn`` answered: None (go) or seconds to sleep, inf included."""
     if pause is None:
         return None
-    try:
-        seconds = float(pause)
-    except OverflowError:
-        seconds = math.inf
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if isinstance(pause, (str, bytes)) or math.isnan(seconds) or seconds < 0:
+    seconds = math.nan
+    # Text and buffers are no numbers, though float() reads them.
+    if hasattr(pause, "__float__") or hasattr(pause, "__index__"):
+        try:
+            seconds = float(pause)
+        except OverflowError:
+            seconds = math.inf
+        except (TypeError, ValueError):
+            pass
+    if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"sleep_fn must return None or seconds >= 0, not {pause!r}")
     return seconds
 
