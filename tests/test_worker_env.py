@@ -35,6 +35,7 @@ from jobs import (
     signal_state,
     threads_left,
 )
+from marks import by_method
 
 from jobserver import Jobserver
 
@@ -126,6 +127,7 @@ def test_env_is_there_for_preexec(method: str, tmp_path: Path) -> None:
         [("A",)],
         [("A", "b", "c")],
         [5],
+        ["Ab"],
         "A=b",
         5,
     ],
@@ -200,6 +202,18 @@ def test_context_manager_may_suppress(method: str, tmp_path: Path) -> None:
         assert future.result(PATIENCE) is None
 
     assert lines(log) == ["called", "entered", "KeyError", "left"]
+
+
+@pytest.mark.contract("S9")
+@by_method("answer", [5, "text", Wrapper, ()])
+def test_other_answers_of_preexec(method: str, tmp_path: Path, answer: Any) -> None:
+    """What preexec_fn returns means nothing unless it is a context manager, as in subprocess."""
+    log = tmp_path / "log"
+    with Jobserver(method, 1) as js:
+        for handle in (js, js.replace(makeflags=True)):
+            future = handle.submit(note_in, args=(str(log),), preexec_fn=Appender(log, "x", answer))
+            worker = future.result(PATIENCE)
+            assert lines(log)[-2:] == [f"x {worker}", f"fn {worker}"]
 
 
 @pytest.mark.contract("S9")

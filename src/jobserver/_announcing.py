@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from ._slots._announce import ChildEnv
-from ._worker import _stay
+from ._worker._task import manager_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -42,11 +42,7 @@ class Announcing:
         for name in _NAMES:
             os.environ.pop(name, None)
         os.environ["MAKEFLAGS"] = env["MAKEFLAGS"]
-        manager = None
-        if self._then is not None:
-            manager = self._then()
-            if manager is None:
-                _stay.spoil()
+        manager = None if self._then is None else manager_of(self._then)
         return _Announced(env, manager)
 
 

@@ -174,7 +174,8 @@ class Jobserver(Commands):
             env: Changes to the worker's ``os.environ``, made before fn; a mapping or pairs of name
                 and value, where a value of None unsets the name.
             preexec_fn: Called in the worker just before fn; may return a context manager, which
-                then wraps fn and may suppress its exception (the result is then None).
+                then wraps fn and may suppress its exception (the result is then None). Any other
+                value that it returns means nothing.
             sleep_fn: Called here before a slot is taken: returns None to let the work in, or how
                 many seconds to sleep before it is asked again.
             timeout: How many seconds to wait at most; None for as long as it takes.
@@ -348,7 +349,7 @@ class Jobserver(Commands):
         exc: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        """Reap, drain callbacks (an error in one becomes a RuntimeWarning), close."""
+        """Reap, drain callbacks (an error in one becomes a RuntimeWarning); close, if the last."""
         self._shared.exit()
 
     def __copy__(self) -> Jobserver:

@@ -10,6 +10,17 @@ from typing import Any, Callable, NamedTuple, Optional
 from . import _stay
 
 
+def manager_of(preexec_fn: Callable[[], Any]) -> Any:
+    """Call ``preexec_fn``; return the context manager that it returns, else None."""
+    found = preexec_fn()
+    kind = type(found)
+    if hasattr(kind, "__enter__") and hasattr(kind, "__exit__"):
+        return found
+    # Any other value, as `os.nice` or `os.umask` return one, is ignored, as subprocess does.
+    _stay.spoil()  # what it has done can be undone by nobody
+    return None
+
+
 class Task(NamedTuple):
     """One call, and what is to be done before it."""
 
@@ -27,11 +38,7 @@ class Task(NamedTuple):
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        manager = None
-        if self.preexec_fn is not None:
-            manager = self.preexec_fn()
-            if manager is None:
-                _stay.spoil()  # what it has done can be undone by nobody
+        manager = None if self.preexec_fn is None else manager_of(self.preexec_fn)
         if manager is None:
             if self.first is not None:
                 self.first()
