@@ -108,16 +108,21 @@ class Shared:
             self._entered += 1
 
     def exit(self) -> None:
-        """Leave a with-block; the last one reaps, drains the callbacks and closes."""
+        """Leave a with-block: reap, and drain the callbacks; after the last one, close."""
         _forking.settle()
         with deferred(), self._lock:
-            last = self._entered == 1
-            self._entered = max(0, self._entered - 1)
-        if last:
+            entered = self._entered
+            self._entered = max(0, entered - 1)
+        if not entered:
+            return
+        try:
             self.drain_callbacks()
-            self.reactor.dissolve()
-            self.reactor.reap_lingering(_LINGER)
-            self.reactor.close()
+        finally:
+            # Also where a callback has raised KeyboardInterrupt, or where warnings are errors.
+            if entered == 1:
+                self.reactor.dissolve()
+                self.reactor.reap_lingering(_LINGER)
+                self.reactor.close()
 
     def drain_callbacks(self) -> None:
         """Reap without waiting, and issue all callbacks; errors in them become warnings."""
