@@ -255,6 +255,7 @@ def test_docs_tell_of_descriptors() -> None:
     text = (Jobserver.__doc__ or "") + (Jobserver.__init__.__doc__ or "")
 
     assert "descriptors" in text
+    assert "a quarter of RLIMIT_NOFILE (256 slots of the usual 1,024)" in " ".join(text.split())
 
 
 @pytest.mark.contract("J9")

@@ -133,6 +133,9 @@ def test_signature() -> None:
         "max_workers",
         "max_tasks_per_child",
     }
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert defaults.pop("initargs") == ()
+    assert set(defaults.values()) == {None}
 
 
 @pytest.mark.contract("E4")

@@ -152,11 +152,14 @@ def test_result_raises_what_fn_raised(method: str, kind: type, args: tuple[Any, 
     """result() raises fn's exception: same type, same arguments, each time."""
     with Jobserver(method, 1) as js:
         future = js.submit(fail, args=(kind, *args))
+        raised: list[BaseException] = []
         for _ in range(3):
             with pytest.raises(kind) as caught:
                 future.result(PATIENCE)
             assert type(caught.value) is kind
             assert str(caught.value) == str(kind(*args))
+            raised.append(caught.value)
+        assert all(error is raised[0] for error in raised)
         assert future.done() is True
 
 

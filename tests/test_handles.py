@@ -61,6 +61,27 @@ def test_replace_sleep_fn() -> None:
     assert asked == ["new", "old"]
 
 
+@pytest.mark.contract("H1", "J9")
+def test_replace_with_none(tmp_path: Path) -> None:
+    """None takes a default away: in the sibling only, and whatever is not named stays."""
+    log = tmp_path / "log"
+    asked: list[str] = []
+    js = Jobserver(
+        "fork",
+        1,
+        env={"JOBSERVER_T": "x"},
+        preexec_fn=Appender(log),
+        sleep_fn=lambda: asked.append("asked"),
+    )
+    bare = js.replace(env=None, preexec_fn=None, sleep_fn=None)
+
+    assert bare.submit(getenv, args=("JOBSERVER_T",)).result(PATIENCE) == [None]
+    assert (lines(log), asked) == ([], [])
+    for handle in (js, js.replace(), bare.replace(env={"JOBSERVER_T": "x"})):
+        assert handle.submit(getenv, args=("JOBSERVER_T",)).result(PATIENCE) == ["x"]
+    assert (len(lines(log)), len(asked)) == (2, 2)
+
+
 @pytest.mark.contract("H1", "J10")
 def test_replace_lend(gate: Gate) -> None:
     """replace may switch lending on for a sibling only."""
@@ -228,6 +249,20 @@ def test_every_kind_of_handle_travels(method: str) -> None:
         values = js.submit(use_handles_in_job, kwargs={"handles": handles}).result(PATIENCE)
 
     assert values == [["x"], ["y"]]
+
+
+@pytest.mark.contract("H6", "H7")
+@pytest.mark.parametrize(("method", "other"), [("fork", "forkserver"), ("forkserver", "fork")])
+def test_travels_to_jobs_of_another_pool(method: str, other: str, gate: Gate) -> None:
+    """A handle on another pool, of another start method, takes that pool's slots in a job."""
+    with Jobserver(method, 1) as js, Jobserver(other, 2) as foreign:
+        outer = js.submit(nested_at_gate, args=(foreign, gate))
+        gate.await_entered(1)
+        second = foreign.submit(gate.enter, timeout=0)
+        with pytest.raises(Blocked):
+            foreign.submit(nothing, timeout=0)
+        gate.open()
+        assert len({outer.result(PATIENCE), second.result(PATIENCE)}) == 2
 
 
 @pytest.mark.contract("H7", "H8")

@@ -58,6 +58,17 @@ def test_timeout_counts_from_the_call(gate: Gate) -> None:
     settle(js)
 
 
+@pytest.mark.contract("M10", "S10")
+def test_timeout_while_sleep_fn_sleeps(gate: Gate) -> None:
+    """The timeout ends also what sleep_fn holds up, be it for ever."""
+    js = Jobserver("fork", 1)
+    results = js.map(identity, [(1,), (2,)], sleep_fn=lambda: 3600, timeout=0.1)
+
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(results)
+    assert free_slots(js, gate) == 1
+
+
 @pytest.mark.contract("M10", "S17")
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "1"], ids=repr)
 def test_malformed_timeout(timeout: Any) -> None:

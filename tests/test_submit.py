@@ -235,6 +235,20 @@ def test_submit_raises_callback_raised(method: str, tmp_path: Path) -> None:
     assert not (tmp_path / "early").exists()
 
 
+@pytest.mark.contract("S15", "S16", "S5")
+def test_reaps_without_a_slot_to_wait_for(tmp_path: Path) -> None:
+    """Work that needs no slot is preceded by callbacks, too, and not begun if one of them fails."""
+    js = Jobserver("fork", 1)
+    first = js.submit(nothing)
+    first.when_done(int, "no number")
+    await_answer(first)
+
+    with pytest.raises(CallbackRaised):
+        js.submit(touch, args=(str(tmp_path / "early"),), consume=0)
+    js.submit(touch, args=(str(tmp_path / "later"),), consume=0).result(PATIENCE)
+    assert os.listdir(tmp_path) == ["later"]
+
+
 @pytest.mark.contract("S16", "S18")
 def test_callback_raised_costs_no_slot(gate: Gate) -> None:
     """After CallbackRaised from submit all slots are there."""
