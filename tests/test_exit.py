@@ -131,6 +131,41 @@ def test_idle_program_ends_at_once(tmp_path: Path, method: str) -> None:
         wait_until(lambda: not session_members(process.pid), "all processes to end")
 
 
+PROCESS = """
+import multiprocessing, signal, sys
+from jobserver import Blocked, Jobserver
+from helpers import die, identity
+
+def use(js):
+    print(js.submit(identity, args=(1,), timeout=0).result())
+    stopped = js.submit(die, args=(signal.SIGSTOP,), timeout=0)
+    try:
+        js.submit(identity, args=(2,), timeout=0)
+    except Blocked:
+        print("blocked")
+    stopped.wait(signal=signal.SIGKILL)
+
+if __name__ == "__main__":
+    js = Jobserver("fork", 1)
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=use, args=(js,))
+    process.start()
+    process.join()
+    print(process.exitcode, js.submit(identity, args=(3,)).result(), flush=True)
+"""
+
+
+@pytest.mark.contract("H7", "H12")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_process_of_multiprocessing_with_a_jobserver(tmp_path: Path, method: str) -> None:
+    """A Process that got a Jobserver shares its slots, and ends quietly when its modules go."""
+    script = tmp_path / "program.py"
+    script.write_text(PROCESS)
+
+    done = run_program([str(script), method])
+
+    assert (done.stdout, done.stderr) == ("1\nblocked\n0 3\n", "")
+
+
 @pytest.mark.contract("H3", "F9")
 def test_gated_job_can_be_killed_at_exit(tmp_path: Path, gate: Gate) -> None:
     """While the exit waits for a job, ending that job ends the program."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import warnings
 import weakref
 from collections import deque
 from multiprocessing.context import BaseContext, get_spawning_popen
 from signal import SIGKILL
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 from . import _forking
 from ._admission import Admission
@@ -258,7 +259,9 @@ class Canary:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
 
-    def __del__(self) -> None:
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ends():
+            return  # modules may be gone, this one's too; and what is left ends with the process
         reactor = self.shared.reactor
         if _forking.stale():
             return  # what is in flight is the parent's
