@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from helpers import append, touch, wait_until
+from jobs_results import SoftExitWhenUnpickled
 
 if TYPE_CHECKING:
     from helpers import Gate
@@ -143,3 +144,25 @@ def pid_for(number: int) -> int:
 def mapped_inside(js: Jobserver, count: int) -> list[int]:
     """A map inside a job."""
     return list(js.map(abs, [(-n,) for n in range(count)], chunksize="auto"))
+
+
+def soft_exit_result(number: int, bad: int) -> Any:
+    """A result that asks the process that unpickles it to end when it is the bad one."""
+    return SoftExitWhenUnpickled() if number == bad else number
+
+
+class Telltale:
+    """Notes in each process which of them have been unpickled there."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _arrive, (self.number,)
+
+
+def _arrive(number: int) -> Telltale:
+    Telltale.seen.append(number)
+    return Telltale(number)

@@ -27,6 +27,7 @@ from executor_jobs import (
     set_variable,
 )
 from helpers import PATIENCE, Gate, add, die, getenv, identity, lines, run_program, wait_until
+from map_jobs import soft_exit_result
 
 from jobserver import Jobserver, JobserverExecutor, SubmissionDied
 
@@ -51,6 +52,18 @@ class Held:
         for future in self._first:
             future.result(PATIENCE)
         assert self._executor._engine._runs.calls is not None
+
+
+@pytest.mark.contract("E10", "E5")
+def test_result_that_ends_who_unpickles_it(gate: Gate) -> None:
+    """A result that raises SystemExit when it is unpickled is the failure of its own call."""
+    with JobserverExecutor(2, "fork") as executor:
+        held = Held(executor, 2, gate)
+        found = [executor.submit(soft_exit_result, n, 30) for n in range(CROWD)]
+        held.open()
+        with pytest.raises(BrokenProcessPool, match="SystemExit"):
+            found.pop(30).result(PATIENCE)
+        assert [future.result(PATIENCE) for future in found] == [*range(30), *range(31, CROWD)]
 
 
 @pytest.mark.contract("E10", "E5")

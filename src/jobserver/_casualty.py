@@ -12,13 +12,22 @@ Ctrl-C in a job, which the standard library hands through as they are.
 from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from ._errors import SubmissionDied, Untransferable
 from ._worker._initialize import InitializerFailed
 
+if TYPE_CHECKING:
+    from ._pledge import Pledge
+
 #: The thread of an executor has no signals to handle.
 interruptible = False
+
+
+def put_off(pledge: Pledge, get: Callable[[], Any]) -> bool:  # noqa: ARG001
+    """Futures are told at once."""
+    return False
+
 
 #: Why an executor goes on no more whose initializer has failed.
 BROKEN = "an initializer has failed: the executor is broken"

@@ -117,15 +117,8 @@ class QueueRun:
         order = self._order
         while order and order[0].done:
             slip = order.popleft()
-            value, failure = slip.value, slip.error
-            del slip  # nothing here is to refer to what has been yielded
-            if failure is not None:
-                try:
-                    raise failure
-                finally:
-                    del failure  # else it and this frame are a cycle
-            yield value
-            del value
+            yield slip.take()
+            del slip
             if time.monotonic() >= self._next:
                 return
 
@@ -241,7 +234,7 @@ class QueueRun:
     def _note(self) -> None:
         """Take note of what has been made."""
         runs = self._runs
-        self._shared.reactor.unload()  # to unpickle results runs code of the user's
+        self._shared.reactor.unload()  # what follows is code of the user's
         while runs.sink:
             runs.complete(runs.sink.popleft())
         runs.look()

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -39,10 +39,14 @@ class Pledge(Protocol):
 
 
 class Terms(Protocol):
-    """In which words a call's failure is told."""
+    """When a call's result is told, and in which words its failure."""
 
     #: Whether it is to come through, at once, what a signal handler has raised.
     interruptible: bool
+
+    def put_off(self, pledge: Pledge, get: Callable[[], Any]) -> bool:
+        """Leave it to ``pledge`` to get its result; False if that is to be done now."""
+        ...
 
     def of_start(self, error: BaseException) -> BaseException:
         """Return what is raised where the call could not be started."""
@@ -60,15 +64,26 @@ class Terms(Protocol):
 class Slip:
     """The place of one call in the results of a ``Jobserver.map``."""
 
-    __slots__ = ("admitted", "alone", "asks_at", "done", "error", "job", "number", "value")
+    __slots__ = (
+        "_error",
+        "_get",
+        "_value",
+        "admitted",
+        "alone",
+        "asks_at",
+        "done",
+        "job",
+        "number",
+    )
 
     def __init__(self) -> None:
         self.job: Optional[Future[Any]] = None
         self.admitted = self.alone = self.done = False
         self.asks_at = 0.0
         self.number = 0
-        self.value: Any = None
-        self.error: Optional[BaseException] = None
+        self._value: Any = None
+        self._error: Optional[BaseException] = None
+        self._get: Optional[Callable[[], Any]] = None
 
     def told(self) -> bool:
         """Nobody can have cancelled it."""
@@ -79,9 +94,29 @@ class Slip:
 
     def resolve(self, value: Any, error: Optional[BaseException] = None) -> None:
         """Take the result, or the exception."""
-        self.value, self.error = value, error
+        self._value, self._error = value, error
         self.job = None
         self.done = True
+
+    def put_off(self, get: Callable[[], Any]) -> None:
+        """Take where the result is to be had."""
+        self._get = get
+        self.job = None
+        self.done = True
+
+    def take(self) -> Any:
+        """Return the result, or raise the exception; once, as nothing here refers to it then."""
+        get, self._get = self._get, None
+        if get is not None:
+            return get()
+        value, self._value = self._value, None
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # else it and this frame are a cycle
+        return value
 
     def drop(self) -> None:
         """Nobody waits for it."""
@@ -91,6 +126,12 @@ class _AsTheyAre:
     """The words of a Jobserver: all of this is of its own making."""
 
     interruptible = True
+
+    def put_off(self, pledge: Pledge, get: Callable[[], Any]) -> bool:
+        """To unpickle runs code of the user's: in its turn, like that which gets the result."""
+        assert isinstance(pledge, Slip)  # noqa: S101  # a map has no others
+        pledge.put_off(get)
+        return True
 
     def of_start(self, error: BaseException) -> BaseException:
         return error.with_traceback(None)

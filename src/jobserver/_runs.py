@@ -9,10 +9,10 @@ For the executor's thread alone, or that of a map; but for ``forget``, ``recall`
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import suppress
+from functools import partial
 from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
@@ -20,16 +20,16 @@ from ._backlog import Backlog, Call
 from ._calls import Calls, Drain
 from ._future import Future
 from ._launch._prep import watched
-from ._outcome import Outcome
+from ._outcome import Outcome, value_of
 from ._packing import PORTION, Packing, is_plain
 from ._patience import Patience
 from ._pledge import Pledge, Terms
 from ._signals import deferred, lifted
 from ._slots._lease import Lease
 from ._slots._own import own_slot
-from ._wire import RESULT, Frame
+from ._worker._answer import Last
 from ._worker._initialize import Initializer, InitializerFailed
-from ._worker._queue import Last, drain
+from ._worker._queue import drain
 from ._worker._task import Task
 
 if TYPE_CHECKING:
@@ -308,26 +308,26 @@ class Runs:
         assert outcome is not None  # noqa: S101  # that is what being in the sink means
         if run is None:  # its promise was broken
             return None
-        value: Any = None
-        failure: Optional[BaseException] = None
-        try:
-            # An interruption would be lost here, as nobody is told what a drain has come to.
-            with nullcontext() if promise is not None else deferred():
-                value = outcome.get()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and self._comes_through(error):
-                raise  # in a job it would have been its death
-            # The traceback leads to this frame, and that to what refers to the error.
-            error.__traceback__ = None
-            failure = error
+        get: Callable[[], Any] = outcome.get
         if isinstance(run, Drain) and self.calls is not None:
             with deferred():
                 results = self.calls.results(run, ended=True)
-                promise = self.calls.ended(job, well=failure is None)
+                promise = self.calls.ended(job, well=outcome.well)
             self._resolve(results)
-            value = value.value if isinstance(value, Last) else None
-            if failure is not None and promise is None and not run.done:
+            if not outcome.well and promise is None and not run.done:
                 self._cannot_drain(self.calls)  # else the next one might die just so, for ever
+            get = partial(_value_of_last, outcome)
+        if promise is not None and self._terms.put_off(promise, get):
+            return None
+        value: Any = None
+        failure: Optional[BaseException] = None
+        if promise is not None or self._initializer is not None:
+            try:
+                value = get()
+            except BaseException as error:  # noqa: BLE001
+                # The traceback leads to this frame, and that to what refers to the error.
+                error.__traceback__ = None
+                failure = error
         if promise is not None:
             promise.resolve(value, self._told(failure, died=outcome.died))
         return failure if isinstance(failure, InitializerFailed) else None
@@ -362,27 +362,20 @@ class Runs:
         return None if self.calls is None else self.calls.next_look()
 
     def _resolve(self, results: list[tuple[Pledge, Any]]) -> None:
-        loads = pickle.loads
+        put_off = self._terms.put_off
         for promise, record in results:
             if self._error is not None:
                 promise.resolve(None, self._error())
             elif record is None:
                 promise.resolve(None)
-            else:
+            elif not put_off(promise, partial(value_of, record)):
                 try:
-                    value = loads(record)
-                except Exception:  # noqa: BLE001
-                    self._resolve_unreadable(promise, record)
+                    value = value_of(record)
+                except BaseException as error:  # noqa: BLE001
+                    error.__traceback__ = None
+                    promise.resolve(None, self._terms.of_end(error, died=False))
                 else:
                     promise.resolve(value)
-
-    def _resolve_unreadable(self, promise: Pledge, record: bytes) -> None:
-        frame = Frame(RESULT, 0, 0, [b"", record])
-        try:
-            promise.resolve(Outcome(frame, None).get())
-        except BaseException as error:  # noqa: BLE001
-            error.__traceback__ = None
-            promise.resolve(None, self._terms.of_end(error, died=False))
 
     def fail_all(self, error: Callable[[], BaseException]) -> None:
         """Kill all jobs, and fail all calls."""
@@ -415,3 +408,8 @@ class Runs:
         calls, self.calls = self.calls, None
         if calls is not None:
             calls.close()
+
+
+def _value_of_last(outcome: Outcome) -> Any:
+    value = outcome.get()
+    return value.value if isinstance(value, Last) else None

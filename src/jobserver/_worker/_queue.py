@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from jobserver import _forking
 from jobserver._dump import _PLAIN
@@ -38,7 +38,7 @@ from jobserver._slots._own import own_slot
 from jobserver._wire import RESULT
 
 from . import _stay
-from ._answer import Answer, end_copy
+from ._answer import Answer, Last, end_copy
 from ._ledger import FIRST, Ledger
 from ._log import Log
 from ._process import finish_jobs, flush_streams
@@ -53,12 +53,6 @@ MOST = 512
 _LASTS = 0.004
 # A call that takes longer is told at once: so it ends its drain.
 _SHORT = 0.001
-
-
-class Last(NamedTuple):
-    """What the last call of a drain has returned, if that is not in the ledger."""
-
-    value: Any
 
 
 class Queue:
@@ -164,7 +158,9 @@ def _drain(queue: Queue, log: Log) -> Optional[Last]:
                 data = b""
             else:
                 data = pickle.dumps(value, 5) if type(value) in plain else small(value)
-        except Exception:  # noqa: BLE001  # large, or else told as it is where a call is alone
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # noqa: BLE001  # large, or else told as it is where a call is alone
             return Last(value)
         if log.at + len(data) > len(log.memory) or not _finished():
             return Last(value)
