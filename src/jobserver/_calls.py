@@ -60,8 +60,12 @@ class Drain:
 
     def __init__(self) -> None:
         self.ledger = Ledger(2 * MOST)
-        # Mapped, as each system call may cost the thread its turn in the interpreter.
-        self._memory = mmap.mmap(self.ledger.fd, CELL * (FIRST + 2 * MOST), prot=mmap.PROT_READ)
+        try:
+            # Mapped, as each system call may cost the thread its turn in the interpreter.
+            self._memory = mmap.mmap(self.ledger.fd, CELL * (FIRST + 2 * MOST), prot=mmap.PROT_READ)
+        except BaseException:  # it has a descriptor of its own, for which there was none left
+            self.ledger.close()
+            raise
         self.cells: Any = memoryview(self._memory).cast("Q")
         self.born = 0  # the number of its worker, if that is forked
         self.done = 0  # so many of its calls have been resolved

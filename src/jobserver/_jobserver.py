@@ -293,7 +293,9 @@ class Jobserver(Commands):
 
     def _may_queue(self, plan: Plan) -> bool:
         shared = self._shared
-        if shared.tasks is not None or plan.env or plan.preexec_fn or plan.sleep_fn:
+        # The handle's defaults count, too: a submission may override them with nothing.
+        given = plan.env or plan.preexec_fn or plan.sleep_fn
+        if shared.tasks is not None or given or not self._is_plain():
             return False
         with deferred(), shared.reactor.lock:
             return not current_slot(shared.slots).attach(shared.slots)
