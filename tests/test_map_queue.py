@@ -7,6 +7,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,31 @@ from helpers import (
     await_answer,
     fail,
     free_slots,
+    getenv,
     identity,
     lines,
+    open_fds,
     run_program,
     settle,
+    wait_until,
 )
 from jobs import enter_if, fail_for
-from map_jobs import end_for, mapped_inside, note_and_enter_if, open_last, pid_for
+from map_jobs import (
+    Telltale,
+    end_for,
+    mapped_inside,
+    meet,
+    note,
+    note_and_enter_if,
+    odd_result,
+    open_last,
+    pid_for,
+    soft_exit_result,
+    through,
+)
 
 from jobserver import CallbackRaised, Jobserver, SubmissionDied
+from jobserver._calls import Drain
 
 #: More than are handed over one by one.
 CROWD = 60
@@ -67,6 +84,37 @@ def test_inputs_are_read_as_needed() -> None:
         assert next(numbers) <= CROWD + 30
         results.close()  # type: ignore[attr-defined]
         assert js.submit(identity, args=(1,)).result(PATIENCE) == 1
+
+
+@pytest.mark.contract("M7")
+def test_inputs_that_wait_for_calls(tmp_path: Path) -> None:
+    """An iterable may wait for the calls of what it has given: they are begun before it is read on."""
+    log = tmp_path / "log"
+
+    def inputs() -> Iterator[tuple[str, int]]:
+        for start in range(0, CROWD, 20):
+            yield from ((str(log), n) for n in range(start, start + 20))
+            wait_until(lambda: len(lines(log)) == start + 20, "the calls before")  # noqa: B023
+
+    with warm("fork", 2) as js:
+        assert list(js.map(note, inputs(), buffersize=CROWD)) == list(range(CROWD))
+
+
+@pytest.mark.contract("M7")
+def test_all_room_is_used(tmp_path: Path) -> None:
+    """As many calls as may be outstanding are, if there are slots: so they may wait for others."""
+    with warm("fork", 5) as js:
+        inputs = [(str(tmp_path), n, 1, 4) for n in range(8)]
+        results = js.map(meet, inputs, buffersize=4, timeout=PATIENCE)
+        assert list(results) == list(range(8))
+
+
+@pytest.mark.contract("S14")
+def test_environment_of_the_handle_overridden() -> None:
+    """With an empty one for the map, calls get none of the handle's."""
+    with warm("fork", 2, env={"FOR_ALL": "1"}) as js:
+        found = js.map(getenv, [("FOR_ALL",)] * CROWD, env={})
+        assert list(found) == [[None]] * CROWD
 
 
 @pytest.mark.contract("M3")
@@ -123,6 +171,35 @@ def test_exception_comes_in_its_turn(method: str, gate: Gate) -> None:
         assert list(results) == []
         settle(js)
         assert free_slots(js, gate) == 2
+
+
+@pytest.mark.contract("M2", "F11")
+def test_result_that_cannot_be_pickled() -> None:
+    """Its error comes in its turn, and names the result's own type."""
+    with warm("fork", 2) as js:
+        results = js.map(odd_result, [(n, 40) for n in range(CROWD)])
+        assert list(itertools.islice(results, 40)) == list(range(40))
+        with pytest.raises(RuntimeError, match=r"a _thread\.lock, could not be pickled"):
+            next(results)
+
+
+@pytest.mark.contract("M2", "F11")
+def test_result_that_ends_who_unpickles_it() -> None:
+    """That it cannot be unpickled is told in its turn, whatever it raises."""
+    with warm("fork", 2) as js:
+        results = js.map(soft_exit_result, [(n, 40) for n in range(CROWD)])
+        assert list(itertools.islice(results, 40)) == list(range(40))
+        with pytest.raises(RuntimeError, match="cannot be unpickled here: SystemExit"):
+            next(results)
+
+
+def test_results_are_unpickled_in_their_turn() -> None:
+    """Code of the user's that unpickles a result runs when that is asked for."""
+    with warm("fork", 2) as js:
+        Telltale.seen.clear()
+        for n, result in enumerate(js.map(Telltale, [(n,) for n in range(CROWD)])):
+            assert result.number == n
+            assert Telltale.seen == list(range(n + 1))
 
 
 @pytest.mark.contract("F9")
@@ -260,6 +337,33 @@ def test_closed_amid_the_iteration() -> None:
         assert next(results) == 0
     with pytest.raises(RuntimeError, match="closed"):
         list(results)
+
+
+def test_closed_when_all_has_been_started(gate: Gate) -> None:
+    """What runs when the Jobserver is closed still gives its result."""
+    js = warm("fork", 2)
+    with js:
+        results = js.map(through, [(gate, n, 1) for n in range(2)])
+        assert next(results) == 0
+        gate.await_entered(1)
+    gate.open()
+    assert list(results) == [1]
+
+
+@pytest.mark.contract("S18")
+def test_no_descriptor_for_half_a_drain() -> None:
+    """Where there is a descriptor for a ledger and none to map it by, none is left behind."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_fds()
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
+    try:
+        with pytest.raises(OSError, match="open files"):
+            Drain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_fds() == before
 
 
 def test_forked_amid_the_iteration() -> None:

@@ -39,6 +39,11 @@ class Inputs:
         self._keyed = kwargses is not None
         self._error: Optional[Exception] = None
         self.left: Optional[int] = None
+        #: Whether reading runs no code of the user's, which could wait for calls that were read
+        #: before to be made.
+        self.at_hand = not lazy or all(
+            given is None or type(given) in (list, tuple) for given in (argses, kwargses)
+        )
         read = _read(argses, kwargses)
         if not lazy:
             collected = list(read)

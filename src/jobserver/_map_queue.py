@@ -128,8 +128,12 @@ class QueueRun:
         if self._room is not None:
             count = min(count, self._room - len(self._order))
             least = min(least, 1 + self._room // 4)
-        if count < least or self._read:
+        if count < 1 or self._read:
             return
+        if not self._inputs.at_hand or count < least:
+            if self._runs.counts()[0]:
+                return  # what waits may be what the next input, or a call that runs, waits for
+            count = count if self._inputs.at_hand else 1
         try:
             found = self._inputs.take(count)
         except Exception as error:  # noqa: BLE001  # whatever an iterable of the user's raises
@@ -151,8 +155,8 @@ class QueueRun:
         shared, runs = self._shared, self._runs
         if self._epoch != _forking.epoch():
             raise RuntimeError("this map belongs to the process that this one was forked from")
-        shared.refuse_closed()
         if self._wants():
+            shared.refuse_closed()
             with deferred():
                 self._place()
         elif runs.jobs:
