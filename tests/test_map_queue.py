@@ -88,7 +88,7 @@ def test_inputs_are_read_as_needed() -> None:
 
 @pytest.mark.contract("M7")
 def test_inputs_that_wait_for_calls(tmp_path: Path) -> None:
-    """An iterable may wait for the calls of what it has given: they are begun before it is read on."""
+    """An iterable may wait for calls of what it has given: all are begun before it goes on."""
     log = tmp_path / "log"
 
     def inputs() -> Iterator[tuple[str, int]]:
