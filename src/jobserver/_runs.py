@@ -20,14 +20,13 @@ from ._backlog import Backlog, Call
 from ._calls import Calls, Drain
 from ._future import Future
 from ._launch._prep import watched
-from ._outcome import Outcome, value_of
+from ._outcome import value_of
 from ._packing import PORTION, Packing, is_plain
 from ._patience import Patience
 from ._pledge import Pledge, Terms
 from ._signals import deferred, lifted
 from ._slots._lease import Lease
 from ._slots._own import own_slot
-from ._worker._answer import Last
 from ._worker._initialize import Initializer, InitializerFailed
 from ._worker._queue import drain
 from ._worker._task import Task
@@ -308,7 +307,6 @@ class Runs:
         assert outcome is not None  # noqa: S101  # that is what being in the sink means
         if run is None:  # its promise was broken
             return None
-        get: Callable[[], Any] = outcome.get
         if isinstance(run, Drain) and self.calls is not None:
             with deferred():
                 results = self.calls.results(run, ended=True)
@@ -316,14 +314,13 @@ class Runs:
             self._resolve(results)
             if not outcome.well and promise is None and not run.done:
                 self._cannot_drain(self.calls)  # else the next one might die just so, for ever
-            get = partial(_value_of_last, outcome)
-        if promise is not None and self._terms.put_off(promise, get):
+        if promise is not None and self._terms.put_off(promise, outcome.get):
             return None
         value: Any = None
         failure: Optional[BaseException] = None
         if promise is not None or self._initializer is not None:
             try:
-                value = get()
+                value = outcome.get()
             except BaseException as error:  # noqa: BLE001
                 # The traceback leads to this frame, and that to what refers to the error.
                 error.__traceback__ = None
@@ -408,8 +405,3 @@ class Runs:
         calls, self.calls = self.calls, None
         if calls is not None:
             calls.close()
-
-
-def _value_of_last(outcome: Outcome) -> Any:
-    value = outcome.get()
-    return value.value if isinstance(value, Last) else None

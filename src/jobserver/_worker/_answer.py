@@ -25,12 +25,6 @@ class Answer(NamedTuple):
     exitcode: int = 0
 
 
-class Last(NamedTuple):
-    """What the last call of a drain (see ``_queue``) has returned, if it ends as any other job."""
-
-    value: Any
-
-
 def answer_of(call: Callable[[], Any]) -> Answer:
     """Call, and pickle what comes of it at once, as what follows may change the object."""
     try:
@@ -42,8 +36,7 @@ def answer_of(call: Callable[[], Any]) -> Answer:
     try:
         return Answer(RESULT, "", dump(value))
     except Exception as error:  # noqa: BLE001
-        told = value.value if type(value) is Last else value
-        return _unpicklable(f"the result of the job, a {_name(told)},", error, _text_of(error))
+        return _unpicklable(f"the result of the job, a {_name(value)},", error, _text_of(error))
     except BaseException as error:  # noqa: BLE001
         return died(error)
 

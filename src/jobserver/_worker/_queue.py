@@ -38,7 +38,7 @@ from jobserver._slots._own import own_slot
 from jobserver._wire import RESULT
 
 from . import _stay
-from ._answer import Answer, Last, end_copy
+from ._answer import Answer, end_copy
 from ._ledger import FIRST, Ledger
 from ._log import Log
 from ._process import finish_jobs, flush_streams
@@ -129,8 +129,13 @@ def _receive(claims: Any, space: Any) -> Queue:
     return Queue(claims.detach(), space.detach())
 
 
-def drain(queue: Queue, ledger: Ledger) -> Optional[Last]:
-    """Make calls while there are some, for as long as they are short and not for long."""
+def drain(queue: Queue, ledger: Ledger) -> Any:
+    """
+    Make calls while there are some, for as long as they are short and not for long.
+
+    Returns:
+        What the last call has returned, if its number is in the ledger and its result is not.
+    """
     log = Log(ledger)
     try:
         return _drain(queue, log)
@@ -139,7 +144,7 @@ def drain(queue: Queue, ledger: Ledger) -> Optional[Last]:
         queue.close()
 
 
-def _drain(queue: Queue, log: Log) -> Optional[Last]:
+def _drain(queue: Queue, log: Log) -> Any:
     epoch, plain, small, cells = _forking.epoch(), _PLAIN, log.small.dumps, log.cells
     now = time.monotonic()
     end = now + _LASTS
@@ -161,9 +166,9 @@ def _drain(queue: Queue, log: Log) -> Optional[Last]:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException:  # noqa: BLE001  # large, or else told as it is where a call is alone
-            return Last(value)
+            return value
         if log.at + len(data) > len(log.memory) or not _finished():
-            return Last(value)
+            return value
         del value
         stop = log.at + len(data)
         log.memory[log.at : stop] = data
