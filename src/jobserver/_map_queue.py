@@ -131,8 +131,9 @@ class QueueRun:
         if count < 1 or self._read:
             return
         if not self._inputs.at_hand or count < least:
-            if self._runs.counts()[0]:
-                return  # what waits may be what the next input, or a call that runs, waits for
+            # What waits may be what the next input is waiting for, once it is asked for.
+            if (self._order and self._order[0].done) or self._runs.counts()[0]:
+                return
             count = count if self._inputs.at_hand else 1
         try:
             found = self._inputs.take(count)
