@@ -411,6 +411,26 @@ def test_orphan_keeps_its_slot(pool: SlotPool) -> None:
     os.close(writer)
 
 
+def test_all_descriptors_closed() -> None:
+    """A program that has closed all its descriptors can make a new pool, and use it."""
+
+    def use() -> None:
+        pool = SlotPool.create(1)
+        take(pool).release()
+        assert pool.free() == 1
+
+    def work() -> None:
+        use()
+        os.closerange(3, 256)
+        use()
+        os.closerange(3, 256)
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(64)]
+        use()
+        assert len({os.fstat(file).st_ino for file in files}) == 1
+
+    assert reap(in_child(work)) == 0
+
+
 @pytest.mark.contract("S18")
 def test_sibling_does_not_keep_a_dead_ones_slot(pool: SlotPool) -> None:
     """A worker has no part in the lock of its sibling's slot."""

@@ -35,6 +35,7 @@ PATIENCE = 1000
 # This process's /proc/self/fd, and of which process it is: that of the parent stays the parent's.
 # To open a berth from there takes a fifth less time than by its whole path.
 _folder = _folder_of = -1
+_folder_file: Optional[tuple[int, int]] = None
 
 
 class Section:
@@ -181,18 +182,32 @@ class Section:
     def _open(self, berth: int) -> int:
         """Open a new description, whose lock is nobody else's."""
         folder = _folder if _folder_of == _forking._epoch else _open_folder()
-        fd = os.open(self._names[berth], OPEN_FLAGS, dir_fd=folder)
+        try:
+            fd = os.open(self._names[berth], OPEN_FLAGS, dir_fd=folder)
+        except OSError:
+            fd = os.open(self._names[berth], OPEN_FLAGS, dir_fd=_open_folder())
         return fd if fd > 2 else lifted(fd)
 
 
 def _open_folder() -> int:
-    global _folder, _folder_of  # noqa: PLW0603
+    global _folder, _folder_of, _folder_file  # noqa: PLW0603
     with _forking.books_lock():
-        if _folder_of != _forking._epoch:
+        if _folder_of != _forking._epoch or _file_of(_folder) != _folder_file:
+            # A program that has closed all descriptors it could find has left it as it was before.
+            if _folder_of == _forking._epoch:
+                _forking.owned.discard(_folder)
             _folder = lifted(os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
             _forking.owned.add(_folder)
-            _folder_of = _forking._epoch
+            _folder_of, _folder_file = _forking._epoch, _file_of(_folder)
         return _folder
+
+
+def _file_of(fd: int) -> Optional[tuple[int, int]]:
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def lock(fd: int) -> bool:
