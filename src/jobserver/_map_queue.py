@@ -13,6 +13,8 @@ Guarantees:
   that is free meanwhile gets to work. Between two results it is in code of the user's, and workers
   go on with what is in the queue.
 * What is in the queue when the iteration is left is made by nobody: it had no slot.
+* No input is read while calls of earlier ones wait, unless reading runs no code of the user's; and
+  no result is unpickled before its turn.
 * In a job, or beside a slot that this thread holds, calls are handed over one by one, as that is
   where slots are lent (see ``_map``).
 """
