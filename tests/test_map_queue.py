@@ -146,18 +146,22 @@ def test_input_that_cannot_be_pickled() -> None:
             next(results)
 
 
-def test_inputs_that_fail() -> None:
-    """What an iterable raises comes after the results of what it has given before."""
+@pytest.mark.contract("M4")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_inputs_that_fail(tasks: int | None, gate: Gate) -> None:
+    """What an iterable raises is told as soon as it is known, after results that are there."""
 
     def inputs() -> Any:
-        yield from ((n,) for n in range(CROWD))
+        yield from ((gate, False), (gate, True))
         raise LookupError("no more")
 
-    with warm("fork", 2) as js:
-        results = js.map(identity, inputs(), buffersize=CROWD)
-        assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+    with Jobserver("fork", 2, max_tasks_per_child=tasks) as js:
+        found = []
         with pytest.raises(LookupError, match="no more"):
-            next(results)
+            found.extend(js.map(enter_if, inputs(), buffersize=CROWD))
+        assert found in ([], [False])
+        gate.open()
+        settle(js)
 
 
 @pytest.mark.contract("M2")

@@ -84,7 +84,7 @@ class QueueRun:
         self._order: deque[Slip] = deque()
         self._next = 0.0  # when to see whether there is something to start, between results
         self._read = False  # all inputs
-        self._error: Optional[Exception] = None  # of an input; told when it is that one's turn
+        self._error: Optional[Exception] = None  # of an input; told before anything is waited for
         self._telling = Telling(self._leave)
 
     def steps(self) -> Iterator[Iterable[Any]]:
@@ -93,9 +93,9 @@ class QueueRun:
         try:
             while True:
                 self._feed()
+                if self._error is not None and not (order and order[0].done):
+                    raise self._error
                 if not order:
-                    if self._error is not None:
-                        raise self._error
                     return
                 try:
                     if not order[0].done:
