@@ -8,6 +8,7 @@ import concurrent.futures
 import itertools
 import os
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ from map_jobs import (
 
 from jobserver import CallbackRaised, Jobserver, SubmissionDied
 from jobserver._calls import Drain
+from jobserver._worker import _queue
 
 #: More than are handed over one by one.
 CROWD = 60
@@ -218,6 +220,39 @@ def test_death_is_that_of_its_call(method: str, how: str, tmp_path: Path, gate: 
             next(results)
         settle(js)
         assert free_slots(js, gate) == 2
+
+
+def test_call_that_was_claimed_and_not_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gate: Gate
+) -> None:
+    """What a worker had claimed when it was killed is made by another one while a call lasts."""
+    claim, may_claim, log = _queue.Queue.claim, Drain.may_claim, tmp_path / "log"
+    asked: list[Drain] = []
+
+    def die_once(queue: _queue.Queue) -> tuple[int, int, int] | None:
+        found = claim(queue)
+        if found is not None and found[0] == CROWD and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    def may_claim_at_first(drain: Drain) -> bool:
+        asked.append(drain)
+        return len(asked) == 1 or may_claim(drain)
+
+    def open_when_all_have_begun() -> None:
+        wait_until(lambda: len(lines(log)) == CROWD, "all calls")
+        gate.open()
+
+    monkeypatch.setattr(_queue.Queue, "claim", die_once)
+    monkeypatch.setattr(Drain, "may_claim", may_claim_at_first)
+    with warm("fork", 2) as js:
+        results = js.map(note_and_enter_if, [(str(log), n, gate, 0) for n in range(CROWD)])
+        opener = threading.Thread(target=open_when_all_have_begun)
+        opener.start()
+        assert list(results) == list(range(CROWD))
+        opener.join()
+        assert (tmp_path / "died").exists()
 
 
 @pytest.mark.contract("M11", "M12")

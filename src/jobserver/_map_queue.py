@@ -82,6 +82,7 @@ class QueueRun:
         self._backlog = Backlog(None)
         self._runs = Runs(jobserver, None, self._backlog, Patience(jobserver), AS_THEY_ARE)
         self._order: deque[Slip] = deque()
+        self._look_at = math.inf  # when to look how far workers are
         self._next = 0.0  # when to see whether there is something to start, between results
         self._read = False  # all inputs
         self._error: Optional[Exception] = None  # of an input; told before anything is waited for
@@ -228,15 +229,14 @@ class QueueRun:
     def _until_look(self) -> Optional[float]:
         """Return in how many seconds to look how far workers are; None for not at all."""
         look_at = self._runs.next_look()
-        if look_at is None or look_at == float("inf"):
+        self._look_at = math.inf if look_at is None else look_at
+        if self._look_at == math.inf:
             return None
-        return min(max(look_at - time.monotonic(), _LEAST), TICK)
+        return min(max(self._look_at - time.monotonic(), _LEAST), TICK)
 
     def _due(self) -> bool:
-        if self._runs.sink:
-            return True
-        look_at = self._runs.next_look()
-        return look_at is not None and look_at <= time.monotonic()
+        # Not what `next_look` says now: while a call is lost, that is always a while from now.
+        return bool(self._runs.sink) or time.monotonic() >= self._look_at
 
     def _note(self) -> None:
         """Take note of what has been made."""
