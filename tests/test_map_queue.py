@@ -158,7 +158,7 @@ def test_inputs_that_fail(tasks: int | None, gate: Gate) -> None:
         raise LookupError("no more")
 
     with Jobserver("fork", 2, max_tasks_per_child=tasks) as js:
-        found = []
+        found: list[bool] = []
         with pytest.raises(LookupError, match="no more"):
             found.extend(js.map(enter_if, inputs(), buffersize=CROWD))
         assert found in ([], [False])
