@@ -82,7 +82,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """End the whole run, with a traceback of every thread, when a test hangs."""
     limit = SLOW_LIMIT if item.get_closest_marker("slow") else LIMIT
+    # Its thread blocks all signals, but not before it first runs: until then one that a test sends
+    # to this process, while the main thread has it wait, could go astray there.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[_STDERR])
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         return (yield)
     finally:
