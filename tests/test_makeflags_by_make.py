@@ -180,6 +180,7 @@ PIECES = st.one_of(
 @example("\\-j3 \\--jobserver-auth=9,9")
 @example(" -j 3")
 @example("k\\")
+@example("-j\N{SUPERSCRIPT TWO}")
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_garbage_is_refused_by_type(makeflags: str) -> None:
     """Whatever MAKEFLAGS say leads to a pool or a MakeflagsError, and can be written anew."""

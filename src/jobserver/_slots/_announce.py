@@ -152,7 +152,7 @@ def _dissect(makeflags: str) -> tuple[str, list[str], list[str]]:
     options = []
     for number in range(end):
         # Also the number of ``-j 3``, which would be a target.
-        counts = number > 0 and meant[number - 1] in _JOBS and meant[number].isdigit()
+        counts = number > 0 and meant[number - 1] in _JOBS and _is_count(meant[number])
         if not counts and not meant[number].startswith((*_JOBS, *AUTH_OPTIONS)):
             options.append(words[number])
     variables = [
@@ -161,3 +161,7 @@ def _dissect(makeflags: str) -> tuple[str, list[str], list[str]]:
         if not text.startswith(_CARRIER)
     ]
     return letters, options, variables
+
+
+def _is_count(word: str) -> bool:
+    return word.isascii() and word.isdigit()

@@ -91,7 +91,7 @@ def read_options(words: list[str]) -> tuple[Optional[str], Optional[int]]:
         for option in AUTH_OPTIONS:
             if word.startswith(option):
                 auth = word[len(option) :]
-        if word.startswith("-j") and word[2:].isdigit():
+        if word.startswith("-j") and word[2:].isascii() and word[2:].isdigit():
             slots = int(word[2:])
     return auth, slots
 

@@ -77,7 +77,11 @@ def _make_fifo(path: str, group: Optional[str]) -> None:
     if group is None:
         return
     try:
-        os.chown(path, -1, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid)
+        os.chown(
+            path,
+            -1,
+            int(group) if group.isascii() and group.isdigit() else grp.getgrnam(group).gr_gid,
+        )
         os.chmod(path, 0o660)
     except (KeyError, OSError) as error:
         os.unlink(path)
