@@ -309,6 +309,13 @@ def steady_fds(js: Any) -> int:
     return counts[-1]
 
 
+def rested_fds(js: Any) -> int:
+    """The same without any worker at rest."""
+    settle(js)
+    js._shared.reactor.dissolve()
+    return steady_fds(js)
+
+
 def free_slots(js: Any, gate: Gate, most: int = 64) -> int:
     """How many slots are free: by taking all of them, then letting the gate open."""
     from jobserver import Blocked

@@ -238,7 +238,7 @@ STORM = """
 import os, random, signal, sys
 from pathlib import Path
 from jobserver import Jobserver
-from helpers import Gate, free_slots, identity, nothing, settle, steady_fds
+from helpers import Gate, free_slots, identity, nothing, rested_fds
 
 def storm(js, rounds):
     caught = 0
@@ -260,20 +260,15 @@ def storm(js, rounds):
 def interrupt(signum, frame):
     raise KeyboardInterrupt
 
-def all_fds(js):
-    settle(js)
-    js._shared.reactor.dissolve()
-    return steady_fds(js)
-
 if __name__ == "__main__":
     method, rounds, seed, directory, tasks = sys.argv[1:]
     random.seed(int(seed))
     signal.signal(signal.SIGALRM, interrupt)
     js = Jobserver(method, 2, max_tasks_per_child=None if tasks == "warm" else 1)
     js.submit(nothing).result()
-    before = all_fds(js)
+    before = rested_fds(js)
     assert storm(js, int(rounds)) == int(rounds)
-    grown = all_fds(js) - before
+    grown = rested_fds(js) - before
     print(free_slots(js, Gate(Path(directory))), grown)
 """
 

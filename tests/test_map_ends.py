@@ -143,14 +143,16 @@ def test_exception_comes_in_its_turn(method: str) -> None:
         settle(js)
 
 
-@pytest.mark.contract("F19", "F20", "M2")
+@pytest.mark.contract("F19", "F20", "M2", "M18")
 @pytest.mark.parametrize("buffersize", [None, 1])
-@pytest.mark.parametrize("chunksize", [1, "auto"])
+@pytest.mark.parametrize(
+    ("chunksize", "tasks", "count"), [(1, 1, 4), ("auto", 1, 4), ("auto", None, 4), (1, None, 60)]
+)
 def test_callback_that_fails_amid_the_iteration(
-    gate: Gate, chunksize: Any, buffersize: int | None
+    gate: Gate, chunksize: Any, tasks: int | None, count: int, buffersize: int | None
 ) -> None:
     """A callback's error comes out of the iterator, which goes on with the next call."""
-    js = Jobserver("fork", 2)
+    js = Jobserver("fork", 2, max_tasks_per_child=tasks)
     futures = [js.submit(gate.enter) for _ in range(2)]
     for future, name in zip(futures, ("one", "two")):
         future.when_done(fail, LookupError, name)
@@ -158,7 +160,7 @@ def test_callback_that_fails_amid_the_iteration(
     gate.open()
     for future in futures:
         await_answer(future)
-    numbers = range(4)
+    numbers = range(count)
     results = js.map(identity, [(n,) for n in numbers], chunksize=chunksize, buffersize=buffersize)
     found: list[int] = []
     errors: list[str] = []

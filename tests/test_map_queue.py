@@ -18,8 +18,6 @@ import pytest
 from helpers import (
     PATIENCE,
     Gate,
-    await_answer,
-    fail,
     free_slots,
     getenv,
     identity,
@@ -44,7 +42,7 @@ from map_jobs import (
     through,
 )
 
-from jobserver import CallbackRaised, Jobserver, SubmissionDied
+from jobserver import Jobserver, SubmissionDied
 from jobserver._calls import Drain
 from jobserver._worker import _queue
 
@@ -299,29 +297,6 @@ def test_timeout(gate: Gate, make_gate: Callable[[], Gate]) -> None:
         assert free_slots(js, make_gate()) == 1
 
 
-@pytest.mark.contract("F19", "F20")
-def test_callback_that_fails_amid_the_iteration(gate: Gate) -> None:
-    """A callback's error comes out of the iterator, which goes on with the next call."""
-    with warm("fork", 2) as js:
-        futures = [js.submit(gate.enter) for _ in range(2)]
-        for future, name in zip(futures, ("one", "two")):
-            future.when_done(fail, LookupError, name)
-        gate.await_entered(2)
-        gate.open()
-        for future in futures:
-            await_answer(future)
-        results = js.map(identity, [(n,) for n in range(CROWD)])
-        found: list[int] = []
-        errors: list[str] = []
-        while len(found) < CROWD:
-            try:
-                found.append(next(results))
-            except CallbackRaised as error:
-                errors.append(str(error.__cause__))
-        assert found == list(range(CROWD))
-        assert sorted(errors) == ["one", "two"]
-
-
 @pytest.mark.contract("N3", "K5")
 def test_beside_a_slot_that_is_held() -> None:
     """A thread that holds the only slot lends it to the calls, whenever it has taken it."""
@@ -427,15 +402,10 @@ STORM = """
 import random, signal, sys
 from pathlib import Path
 from jobserver import Jobserver
-from helpers import Gate, free_slots, identity, settle, steady_fds
+from helpers import Gate, free_slots, identity, rested_fds, settle
 
 def interrupt(signum, frame):
     raise KeyboardInterrupt
-
-def all_fds(js):
-    settle(js)
-    js._shared.reactor.dissolve()
-    return steady_fds(js)
 
 if __name__ == "__main__":
     method, rounds, directory = sys.argv[1:]
@@ -445,7 +415,7 @@ if __name__ == "__main__":
     inputs = [(n,) for n in range(60)]
     assert list(js.map(identity, inputs)) == list(range(60))
     wrong, expected = set(), set(range(60))
-    before = all_fds(js)
+    before = rested_fds(js)
     caught = 0
     for _ in range(int(rounds)):
         try:
@@ -458,7 +428,7 @@ if __name__ == "__main__":
             caught += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert not wrong
-    grown = all_fds(js) - before
+    grown = rested_fds(js) - before
     settle(js)
     print(caught, free_slots(js, Gate(Path(directory))), grown)
 """

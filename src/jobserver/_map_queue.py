@@ -161,8 +161,7 @@ class QueueRun:
             raise RuntimeError("this map belongs to the process that this one was forked from")
         if self._wants():
             shared.refuse_closed()
-            with deferred():
-                self._place()
+            self._place(wait=True)
         elif runs.jobs:
             tick = self._until_look()
             job = next(iter(runs.jobs))
@@ -176,14 +175,7 @@ class QueueRun:
         self._next = math.inf
         if self._epoch != _forking.epoch() or shared.closed:
             return  # what there is is yielded all the same
-        with deferred():
-            taken: list[Lease] = []
-            try:
-                shared.admission.reap(keep=True)
-                self._start_all(taken)
-            except BaseException:
-                shared.admission.give_all_back(taken, unheard=True)
-                raise
+        self._place(wait=False)
         self._note()
 
     def _wants(self) -> bool:
@@ -191,25 +183,30 @@ class QueueRun:
         self._runs.fill()
         return self._runs.wanted()
 
-    def _place(self) -> None:
-        """Wait for a slot, as long as nothing else is to be done, and start something on it."""
+    def _place(self, *, wait: bool) -> None:
+        """Start what there are slots for; wait for one, as long as nothing else is to be done."""
         shared = self._shared
         taken: list[Lease] = []
-        try:
-            shared.admission.reap(keep=True)
-            tick = self._until_look()
+        with deferred():
             try:
-                shared.admission.take(
-                    taken, self._deadline, None, self._due, TICK if tick is None else tick
-                )
-            except Blocked:
-                raise Late from None
-            self._start_all(taken)
-        except BaseException:
-            shared.admission.give_all_back(taken, unheard=True)
-            raise
-        if current_slot(shared.slots).lent:
-            shared.admission.regain()
+                shared.admission.reap(keep=True)
+                if wait:
+                    self._take(taken)
+                self._start_all(taken)
+            except BaseException:
+                shared.admission.give_all_back(taken, unheard=True)
+                raise
+            if current_slot(shared.slots).lent:
+                shared.admission.regain()
+
+    def _take(self, taken: list[Lease]) -> None:
+        tick = self._until_look()
+        try:
+            self._shared.admission.take(
+                taken, self._deadline, None, self._due, TICK if tick is None else tick
+            )
+        except Blocked:
+            raise Late from None
 
     def _start_all(self, taken: list[Lease]) -> None:
         """Start something on what was taken, and on what is free."""

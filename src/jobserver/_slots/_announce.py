@@ -21,7 +21,7 @@ from typing import Optional
 
 from jobserver._forking import lifted
 
-from ._makeflags import AUTH_OPTIONS, quoted_words, unquote
+from ._makeflags import AUTH_OPTIONS, is_count, quoted_words, unquote
 
 STYLES = ("auto", "universal", "fifo", "pipe")
 # Make strips blanks at the beginning of a variable's value, so there is an x.
@@ -152,7 +152,7 @@ def _dissect(makeflags: str) -> tuple[str, list[str], list[str]]:
     options = []
     for number in range(end):
         # Also the number of ``-j 3``, which would be a target.
-        counts = number > 0 and meant[number - 1] in _JOBS and _is_count(meant[number])
+        counts = number > 0 and meant[number - 1] in _JOBS and is_count(meant[number])
         if not counts and not meant[number].startswith((*_JOBS, *AUTH_OPTIONS)):
             options.append(words[number])
     variables = [
@@ -161,7 +161,3 @@ def _dissect(makeflags: str) -> tuple[str, list[str], list[str]]:
         if not text.startswith(_CARRIER)
     ]
     return letters, options, variables
-
-
-def _is_count(word: str) -> bool:
-    return word.isascii() and word.isdigit()

@@ -91,7 +91,7 @@ def read_options(words: list[str]) -> tuple[Optional[str], Optional[int]]:
         for option in AUTH_OPTIONS:
             if word.startswith(option):
                 auth = word[len(option) :]
-        if word.startswith("-j") and word[2:].isascii() and word[2:].isdigit():
+        if word.startswith("-j") and is_count(word[2:]):
             slots = int(word[2:])
     return auth, slots
 
@@ -179,9 +179,14 @@ def _open_pair(auth: str) -> int:
         ) from None
 
 
+def is_count(word: str) -> bool:
+    """Say whether it is digits that ``int`` knows: ``str.isdigit`` holds for superscripts, too."""
+    return word.isascii() and word.isdigit()
+
+
 def _is_number(word: str) -> bool:
     digits = word.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and len(digits) < 12
+    return is_count(digits) and len(digits) < 12
 
 
 def _enlarge(fd: int) -> int:

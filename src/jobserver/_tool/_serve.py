@@ -22,6 +22,7 @@ import sys
 from typing import Any, Optional
 
 from jobserver._slots._inotify import drain, watch
+from jobserver._slots._makeflags import is_count
 from jobserver._slots._section import F_SETPIPE_SZ, PAGE
 from jobserver._slots._splice import waiting_bytes
 
@@ -77,11 +78,7 @@ def _make_fifo(path: str, group: Optional[str]) -> None:
     if group is None:
         return
     try:
-        os.chown(
-            path,
-            -1,
-            int(group) if group.isascii() and group.isdigit() else grp.getgrnam(group).gr_gid,
-        )
+        os.chown(path, -1, int(group) if is_count(group) else grp.getgrnam(group).gr_gid)
         os.chmod(path, 0o660)
     except (KeyError, OSError) as error:
         os.unlink(path)
