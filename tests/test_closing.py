@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import warnings
 from typing import Callable
@@ -250,6 +251,25 @@ def test_finalized_with_running_futures(method: str, gate: Gate) -> None:
         gc.collect()
 
     assert [w.category for w in warned] == [ResourceWarning]
+    gate.open()
+    assert future.result(PATIENCE) in gate.entered()
+
+
+@pytest.mark.contract("H12")
+def test_finalized_where_warnings_are_errors(
+    method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning is told as an error that cannot be raised, and nothing is left behind."""
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
+    js = Jobserver(method, 1)
+    future = js.submit(gate.enter)
+    gate.await_entered(1)
+
+    del js
+    gc.collect()
+
+    assert told == [ResourceWarning]
     gate.open()
     assert future.result(PATIENCE) in gate.entered()
 

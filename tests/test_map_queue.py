@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import itertools
 import os
 import resource
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -267,6 +269,45 @@ def test_leaving_early(method: str, tmp_path: Path, gate: Gate) -> None:
         assert sorted(map(int, lines(log))) == list(range(21))
 
 
+def enter_both(js: Jobserver, gate: Gate) -> list[int]:
+    """The processes of two workers, which are at rest thereafter."""
+    futures = [js.submit(gate.enter) for _ in range(2)]
+    gate.await_entered(2)
+    gate.open()
+    return [future.result(PATIENCE) for future in futures]
+
+
+@pytest.mark.contract("S18")
+def test_slots_are_free_after_the_last_result(make_gate: Callable[[], Gate]) -> None:
+    """The end of the iteration waits for a worker that came too late to find anything to do."""
+    with warm("fork", 2) as js:
+        late = enter_both(js, make_gate())[0]
+        os.kill(late, signal.SIGSTOP)
+        results = js.map(identity, [(n,) for n in range(CROWD)], timeout=PATIENCE)
+        assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+        timer = threading.Timer(0.3, os.kill, (late, signal.SIGCONT))
+        timer.start()
+        assert list(results) == []
+        assert free_slots(js, make_gate()) == 2
+        timer.join()
+
+
+@pytest.mark.contract("H12")
+def test_dropped_when_all_has_been_yielded(gate: Gate) -> None:
+    """A worker that has not found out that there is nothing to do is no running Future."""
+    js = warm("fork", 2)
+    late = enter_both(js, gate)[0]
+    os.kill(late, signal.SIGSTOP)
+    results = js.map(identity, [(n,) for n in range(CROWD)])
+    assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        del js, results
+        gc.collect()
+    os.kill(late, signal.SIGCONT)
+    assert warned == []
+
+
 def test_results_do_not_wait_for_the_next_call(method: str, gate: Gate) -> None:
     """What is made before a call that lasts is yielded while that lasts."""
     with warm(method, 1) as js:
@@ -399,7 +440,7 @@ def test_forked_amid_the_iteration() -> None:
 
 
 STORM = """
-import random, signal, sys
+import gc, random, signal, sys
 from pathlib import Path
 from jobserver import Jobserver
 from helpers import Gate, free_slots, identity, rested_fds, settle
@@ -428,6 +469,7 @@ if __name__ == "__main__":
             caught += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert not wrong
+    gc.collect()  # one that comes amid a `finally` leaves the rest of that to the collector
     grown = rested_fds(js) - before
     settle(js)
     print(caught, free_slots(js, Gate(Path(directory))), grown)

@@ -40,6 +40,7 @@ class Future(Generic[T]):
         "_reactor",
         "_seqno",
         "_sink",
+        "_vain",
     )
 
     def __init__(self, admission: Admission, *, lends: bool) -> None:
@@ -53,6 +54,7 @@ class Future(Generic[T]):
         self._seqno = 0
         self._issuing = False
         self._sink: Optional[deque[Any]] = None  # an executor's, told when this is done
+        self._vain = False  # none of the user's calls is in it
         self._foreign = False  # in flight in the process that this one was forked from
 
     def done(self, timeout: Optional[float] = 0) -> bool:

@@ -13,6 +13,7 @@ Guarantees:
   that is free meanwhile gets to work. Between two results it is in code of the user's, and workers
   go on with what is in the queue.
 * What is in the queue when the iteration is left is made by nobody: it had no slot.
+* After the last result all slots are free, as after that of any other map.
 * No input is read while calls of earlier ones wait, unless reading runs no code of the user's; and
   no result is unpickled before its turn.
 * In a job, or beside a slot that this thread holds, calls are handed over one by one, as that is
@@ -96,9 +97,11 @@ class QueueRun:
                 self._feed()
                 if self._error is not None and not (order and order[0].done):
                     raise self._error
-                if not order:
-                    return
                 try:
+                    if not order:
+                        if self._is_over():
+                            return
+                        continue
                     if not order[0].done:
                         self._wait()
                     elif time.monotonic() >= self._next:
@@ -168,6 +171,16 @@ class QueueRun:
             if not shared.admission.wait_for(job, self._deadline, self._due, tick):
                 raise Late
         self._note()
+
+    def _is_over(self) -> bool:
+        """Wait, once all has been yielded, for workers that came too late to find a call."""
+        runs = self._runs
+        if not runs.jobs or self._epoch != _forking.epoch():
+            return True
+        if not self._shared.admission.wait_for(next(iter(runs.jobs)), self._deadline):
+            return True
+        self._note()
+        return False
 
     def _keep_up(self) -> None:
         """Between two results: see what has ended, and have free slots work."""

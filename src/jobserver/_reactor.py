@@ -202,6 +202,8 @@ class Reactor(Books):
             elif flight.settled:
                 self._settle(flight.future, flight)
                 settled = True
+        if self._dropped and not self.running:
+            self._dissolve()  # there is nobody left who could use the workers at rest
         if not self.poller.watched:
             active.discard(self)
             if self.closed or self._dropped:

@@ -396,6 +396,8 @@ class Runs:
         with deferred():
             self.recall()
             self._backlog.cut(0)
+            for job, run in self.jobs.items():
+                job._vain = isinstance(run, Drain) and run.is_fresh()
             if self.calls is not None:
                 self.calls.abandon()
             self.close()

@@ -265,15 +265,17 @@ class Canary:
         reactor = self.shared.reactor
         if _forking.stale():
             return  # what is in flight is the parent's
-        if reactor.running and not reactor.closed:
-            count = len(reactor.running)
-            warnings.warn(
-                f"Finalizing {self.shared!r} with {count} running Future{'s' * (count > 1)}",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-        reactor.drop()
+        try:
+            count = 0 if reactor.closed else sum(not future._vain for future in reactor.running)
+            if count:
+                warnings.warn(
+                    f"Finalizing {self.shared!r} with {count} running Future{'s' * (count > 1)}",
+                    ResourceWarning,
+                    source=self,
+                    stacklevel=2,
+                )
+        finally:
+            reactor.drop()  # also where warnings are errors
 
 
 def _rebuild(
