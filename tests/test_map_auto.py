@@ -99,6 +99,21 @@ def test_kinds_of_inputs(batches_of: Callable[[int], None]) -> None:
         assert list(auto(js, identity, [])) == []
 
 
+@pytest.mark.contract("M13", "M8", "M3")
+@kept
+@pytest.mark.parametrize("chunksize", ["auto", 4])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_numbers_of_arguments(
+    batches_of: Callable[[int], None], tasks: int | None, chunksize: Any, kind: Callable[..., Any]
+) -> None:
+    """Calls with one argument may go along with calls that have none or more."""
+    batches_of(4)
+    argses: list[Any] = [(1,), (2,), ((),), ((3,),), ([4],), (5, 6), (), (7,), [8], "9"]
+    with Jobserver("fork", 1, max_tasks_per_child=tasks) as js:
+        found = js.map(everything, kind(argses), chunksize=chunksize)
+        assert list(found) == [(tuple(args), {}) for args in argses]
+
+
 @pytest.mark.contract("M13")
 @swift
 @pytest.mark.fresh("tells batches apart by their processes")

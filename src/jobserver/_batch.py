@@ -80,6 +80,13 @@ class Batch:
         self.argses = self.argses[:start]
         return rest
 
+    def singles(self) -> Optional[list[Any]]:
+        """Return the argument of each call; None unless each has one, and no other."""
+        try:
+            return [arg for (arg,) in self.argses] if self.kwargses is None else None
+        except ValueError:
+            return None
+
     def made(self, ends: Sequence[int]) -> int:
         """Return how many of its calls have a record."""
         count = self._seen

@@ -132,7 +132,10 @@ class Batches:
             return self._fn, batch.argses[0], {} if kwargses is None else kwargses[0]
         batch.ledger = batch.ledger or Ledger(batch.stop)
         patience = PATIENCE if self._size is None else None
-        return run_chunk, (self._fn, batch.argses, kwargses, batch.ledger, patience), {}
+        singles = batch.singles()
+        argses = batch.argses if singles is None else singles
+        parts = self._fn, argses, kwargses, batch.ledger, patience, singles is not None
+        return run_chunk, parts, {}
 
     def submitted(self, batch: Batch, future: Any) -> None:
         """Take note that a batch runs."""

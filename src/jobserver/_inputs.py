@@ -44,11 +44,11 @@ class Inputs:
         self.at_hand = not lazy or all(
             given is None or type(given) in (list, tuple) for given in (argses, kwargses)
         )
-        read = _read(argses, kwargses)
-        if not lazy:
-            collected = list(read)
-            self.left, read = len(collected), iter(collected)
-        self._calls = read
+        if lazy:
+            self._calls = _read(argses, kwargses)
+        else:
+            collected = _collect(argses, kwargses)
+            self.left, self._calls = len(collected), iter(collected)
 
     def take(self, count: int) -> Optional[tuple[list[Args], Optional[list[Kwargs]]]]:
         """
@@ -73,6 +73,16 @@ class Inputs:
         if self._both:
             return [args for args, _ in found], [kwargs for _, kwargs in found]
         return ([()] * len(found), found) if self._keyed else (found, None)
+
+
+def _collect(
+    argses: Optional[Iterable[Iterable[Any]]], kwargses: Optional[Iterable[Mapping[str, Any]]]
+) -> list[Any]:
+    if kwargses is None and isinstance(argses, (list, tuple)):
+        argses = list(argses)
+        if set(map(type, argses)) == {tuple}:
+            return argses  # there is nothing to check
+    return list(_read(argses, kwargses))
 
 
 def _read(

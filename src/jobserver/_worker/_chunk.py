@@ -14,7 +14,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from jobserver import _forking
@@ -47,18 +46,30 @@ class Chunk(NamedTuple):
 
     Args:
         fn: What to call.
-        argses: The positional arguments of each call.
+        argses: The positional arguments of each call; or just the argument, if they are singles.
         kwargses: The keyword arguments of each; None where none has any.
         ledger: Has a place for each call.
         patience: None for a chunk of a chosen size; else after how many seconds a shared one gives
             back what it has not begun.
+        singles: Each call has one argument, and no other. A tuple around each of them would cost
+            more than all else that there is to a call.
     """
 
     fn: Callable[..., Any]
-    argses: Sequence[tuple[Any, ...]]
+    argses: Sequence[Any]
     kwargses: Optional[Sequence[Mapping[str, Any]]]
     ledger: Ledger
     patience: Optional[float]
+    singles: bool
+
+    def part(self, start: int, stop: int) -> tuple[Callable[[Any], Any], Iterable[Any]]:
+        """Return some of the calls: what to call with one argument, and that for each."""
+        fn, argses, kwargses = self.fn, self.argses[start:stop], self.kwargses
+        if self.singles:
+            return fn, argses
+        if kwargses is None:
+            return lambda args: fn(*args), argses
+        return lambda both: fn(*both[0], **both[1]), zip(argses, kwargses[start:stop])
 
 
 def run_chunk(*parts: Any) -> Done:
@@ -103,16 +114,13 @@ def _make_shared(chunk: Chunk, log: Log, end: float) -> int:
 
 def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
     """Make some calls; returns the number of the first that was not made."""
-    fn, argses, kwargses = chunk.fn, chunk.argses[start:stop], chunk.kwargses
-    kwargs_of: Iterable[Mapping[str, Any]] = (
-        repeat({}) if kwargses is None else kwargses[start:stop]
-    )
+    call, inputs = chunk.part(start, stop)
     epoch, plain, dumps, small = _forking.epoch(), _PLAIN, pickle.dumps, log.small.dumps
     memory, cells, at, room = log.memory, log.cells, log.at, len(log.memory)
-    place = start + FIRST
-    for args, kwargs in zip(argses, kwargs_of):
+    place, here = start + FIRST, at << 1
+    for each in inputs:
         try:
-            value = fn(*args, **kwargs)
+            value = call(each)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001  # it is the user's, and goes to the caller
@@ -123,7 +131,7 @@ def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
             if _forking._epoch != epoch:
                 end_copy(Answer(RESULT, "", []))
             if value is None:
-                cells[place] = at << 1  # an empty record
+                cells[place] = here  # an empty record
                 place += 1
                 continue
             try:
@@ -133,7 +141,7 @@ def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
             end = at + len(data)
             if data and end <= room:
                 memory[at:end] = data
-                cells[place] = end << 1
+                cells[place] = here = end << 1
                 at = end
                 place += 1
                 continue
@@ -142,7 +150,7 @@ def _make(chunk: Chunk, log: Log, start: int, stop: int) -> int:
         log.at = at
         _tell(log, place - FIRST, answer)
         memory, cells, at, room = log.memory, log.cells, log.at, len(log.memory)
-        place += 1
+        place, here = place + 1, at << 1
         if answer.kind != RESULT and chunk.patience is None:
             break
     log.at = at
