@@ -34,6 +34,7 @@ from jobserver._wire import (
     encode,
     send,
 )
+from jobserver._worker._next import receive_job
 
 SIZE = 3_000_001
 
@@ -298,11 +299,7 @@ def test_jobs_with_lent_arguments(
         status = 1
         try:
             for value in frames:
-                fds = _fds.receive_fds(theirs)
-                reader = FrameReader(fds)
-                frame = None
-                while frame is None:
-                    frame = reader.feed(theirs.fileno())
+                frame, fds = receive_job(theirs, b"", [], FrameReader())
                 assert frame.load() == value
                 assert fds == []
             ours.close()

@@ -119,27 +119,6 @@ def _after(pieces: Sequence[Buffer], sent: int) -> list[Buffer]:
     return rest
 
 
-def receive_fds(sock: socket.socket) -> list[int]:
-    """Receive what ``send_fds`` sent, on a blocking stream; all of it close-on-exec."""
-    fds: list[int] = []
-    head = b""
-    while len(head) < _COUNT.size:
-        head += _receive(sock, _COUNT.size - len(head), fds)
-    (count,) = _COUNT.unpack(head)
-    while len(fds) < count:
-        _receive(sock, 1, fds)
-    return fds
-
-
-def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
-    data, ancillary, flags, _address = sock.recvmsg(size, socket.CMSG_SPACE(MOST * 4), CLOEXEC)
-    fds += fds_of(ancillary)
-    refuse_truncated(flags)
-    if not data:
-        raise EOFError
-    return data
-
-
 def refuse_truncated(flags: int) -> None:
     """Raise OSError if a message was to bring more descriptors than this process may have."""
     if flags & socket.MSG_CTRUNC:

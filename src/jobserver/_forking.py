@@ -39,8 +39,9 @@ class _Tracked(Protocol):
 owned: set[int] = set()
 
 _lock: Any = threading.RLock()
-_at_once: weakref.WeakSet[Any] = weakref.WeakSet()
-_at_leisure: weakref.WeakSet[Any] = weakref.WeakSet()
+# No WeakSet: to go through one calls eight functions, whose pages each child would have to copy.
+_at_once: dict[int, weakref.ref[Any]] = {}
+_at_leisure: dict[int, weakref.ref[Any]] = {}
 _epoch = 0
 # What the child that a thread is forking keeps, by thread; a worker of ours if there is an entry.
 _passing: dict[int, frozenset[int]] = {}
@@ -66,8 +67,9 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
         thing: Who is to forget what is the parent's.
         at_leisure: It may wait for ``settle``: its descriptors are in ``owned``.
     """
+    tracked, key = _at_leisure if at_leisure else _at_once, id(thing)
     with _lock:
-        (_at_leisure if at_leisure else _at_once).add(thing)
+        tracked[key] = weakref.ref(thing, lambda _: tracked.pop(key, None))
 
 
 def fork(passed: frozenset[int]) -> int:
@@ -192,8 +194,10 @@ def stale() -> bool:
 def _forget_at_leisure() -> None:
     global _stale  # noqa: PLW0603
     _stale = False
-    for thing in list(_at_leisure):
-        thing.after_fork_in_child(frozenset())
+    for ref in list(_at_leisure.values()):
+        thing = ref()
+        if thing is not None:
+            thing.after_fork_in_child(frozenset())
 
 
 def _after_in_child() -> None:
@@ -211,8 +215,10 @@ def _after_in_child() -> None:
             except OSError:  # the program has closed what is not its own
                 pass
     owned.clear()
-    for thing in list(_at_once):
-        thing.after_fork_in_child(passed)
+    for ref in list(_at_once.values()):
+        thing = ref()
+        if thing is not None:
+            thing.after_fork_in_child(passed)
     _stale = True
     if found is None:
         _forget_at_leisure()

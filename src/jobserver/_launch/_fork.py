@@ -21,7 +21,7 @@ from jobserver._flight import Flight, Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._worker._main import Worker
 from jobserver._worker._next import Next
-from jobserver._worker._process import Identity, report
+from jobserver._worker._process import Identity, forget_program, report
 from jobserver._worker._stay import Habitat, Stays, variables
 from jobserver._worker._task import Task
 
@@ -39,6 +39,8 @@ class ForkLauncher:
         # What a job that fails needs: imported once here, not again by each child.
         import traceback  # noqa: F401
 
+        self._identity: Optional[Identity] = None
+
     def prepare(self, task: Task) -> Task:
         """Nothing to do: the child sees the parent's memory."""
         return task
@@ -54,7 +56,9 @@ class ForkLauncher:
             reader, writer = ours.detach(), theirs.detach()
         parent = os.getpid()
         # All that the child can do without making, as what it writes to it must copy first.
-        identity = Identity(parent)
+        identity = self._identity
+        if identity is None or not identity.holds(parent):
+            identity = self._identity = Identity(parent)
         own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
         told = next_jobs = None
         born = 0
@@ -132,6 +136,7 @@ def _child(worker: Worker, task: Task, identity: Identity, own: OwnSlot, mask: A
     try:
         start_afresh()
         run_on(own)
+        forget_program()
         identity.assume(forked=True)
         _signals.restore(mask)
         worker.work(task.run)

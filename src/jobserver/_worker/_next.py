@@ -88,7 +88,7 @@ class Next:
         """Wait for the next job; ends the process when there will be none."""
         assert self.sock is not None  # noqa: S101  # made by `ready`
         try:
-            frame, fds = self._receive(self.sock)
+            frame, fds = receive_job(self.sock, *self._hear(self.sock), self._reader)
         except (EOFError, ConnectionResetError):
             self._end()
         told: dict[str, Any] = pickle.loads(frame.segments[0]) if frame.segments[0] else {}  # noqa: S301
@@ -100,24 +100,6 @@ class Next:
         run_on(own_slot().successor(self._lease, self._place, self._bell))
         _inherit.hold(fds)
         return _Job(frame, told, self._habitat, self._quiet).run
-
-    def _receive(self, sock: socket.socket) -> tuple[Frame, list[int]]:
-        data, fds = self._hear(sock)
-        while len(data) < _COUNT.size:
-            more, others = _read(sock, _SIZE)
-            data += more
-            fds += others
-        (count,) = _COUNT.unpack_from(data)
-        found = None if fds or count else brief(data, _COUNT.size)
-        if found is not None:
-            return found, fds
-        while len(fds) < count:
-            fds += _read(sock, 1)[1]
-        self._reader.fds = fds
-        frame = self._reader.push(data[_COUNT.size :])
-        while frame is None:
-            frame = self._reader.feed(self._channel)
-        return frame, fds
 
     def _hear(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """Wait for the first part of a job."""
@@ -184,6 +166,38 @@ class _Job:
         frame, self._frame = self._frame, None
         assert frame is not None  # noqa: S101  # run once
         return load(frame)
+
+
+def receive_job(
+    sock: socket.socket, data: bytes, fds: list[int], reader: FrameReader
+) -> tuple[Frame, list[int]]:
+    """
+    Receive a job and its descriptors, on a blocking stream; all of these close-on-exec.
+
+    Args:
+        sock: Where the rest comes from.
+        data: What has been heard of it; there may be nothing yet.
+        fds: The descriptors that came with that.
+        reader: For what does not come in one piece.
+
+    Raises:
+        EOFError, ConnectionResetError: Nothing more comes.
+    """
+    while len(data) < _COUNT.size:
+        more, others = _read(sock, _SIZE)
+        data += more
+        fds += others
+    (count,) = _COUNT.unpack_from(data)
+    while len(fds) < count:
+        fds += _read(sock, 1)[1]
+    found = brief(data, _COUNT.size)
+    if found is not None:
+        return found, fds
+    reader.fds = fds
+    frame = reader.push(data[_COUNT.size :])
+    while frame is None:
+        frame = reader.feed(sock.fileno())
+    return frame, fds
 
 
 def load(frame: Frame) -> Task:

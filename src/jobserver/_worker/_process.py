@@ -62,11 +62,18 @@ _NO_INPUT = _NoInput()
 
 
 class Identity:
-    """Who the next worker will be; made in its parent."""
+    """
+    Who workers will be; made once, by who forks them, for all of them.
+
+    Args:
+        parent_pid: What is to be their parent; 0 if that is told to ``assume``.
+    """
 
     def __init__(self, parent_pid: int) -> None:
         parent = _process._current_process
+        self._of = parent, parent.name, dict(parent._config), parent_pid
         me: Any = WorkerProcess(name=NAME)
+        _process._dangling.discard(me)  # it is not one that somebody has forgotten to join
         me._parent_pid = parent_pid
         me._parent_name = parent.name
         me._config.pop("daemon", None)
@@ -75,28 +82,40 @@ class Identity:
         self._counter = itertools.count(1)
         self._children: set[Any] = set()
 
-    def assume(self, *, forked: bool) -> None:
-        """In the worker: be that process."""
+    def holds(self, parent_pid: int) -> bool:
+        """Say whether it still is what would be made now."""
+        parent = _process._current_process
+        return self._of == (parent, parent.name, parent._config, parent_pid)
+
+    def assume(self, *, forked: bool, parent_pid: int = 0) -> None:
+        """
+        In the worker: be that process.
+
+        Args:
+            forked: Not started as an interpreter of its own.
+            parent_pid: What is to be the parent, if that was not known before.
+        """
+        if parent_pid:
+            self._me._parent_pid = self._parent._pid = parent_pid
         # What is frozen is not traversed by the collector, so its pages stay shared.
         gc.freeze()
         _process._process_counter = self._counter
         _process._children = self._children
         _process._current_process = self._me
         _process._parent_process = self._parent
-        if forked:
-            _forget_parent()
+        if forked and _util._afterfork_registry:
+            _util._run_after_forkers()
 
 
-def _forget_parent() -> None:
-    atexit._clear()  # those of the parent are the parent's
+def forget_program() -> None:
+    """In a process forked from the program, or in a zygote for all of its workers."""
+    atexit._clear()  # those of the program are the program's
     try:
-        signal.set_wakeup_fd(-1)  # the parent's event loop must not hear of our signals
+        signal.set_wakeup_fd(-1)  # the program's event loop must not hear of our signals
     except ValueError:
         pass  # not the main thread
     if _util._finalizer_registry:
         _util._finalizer_registry.clear()
-    if _util._afterfork_registry:
-        _util._run_after_forkers()
     if sys.stdin is None or getattr(sys.stdin, "closed", False):
         return  # without a stdin, the program may have another file under its number
     null = os.open(os.devnull, os.O_RDONLY)

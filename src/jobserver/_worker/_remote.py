@@ -4,52 +4,69 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 import pickle
 import signal
 from multiprocessing import process, resource_tracker, spawn
-from typing import Any, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 from jobserver._errors import Unguarded, shown
-from jobserver._fds import adopt, receive_fds
+from jobserver._fds import adopt
 from jobserver._reader import FrameReader
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame
 
 from . import _inherit
 from ._main import Worker
-from ._next import Next, load
+from ._next import Next, load, receive_job
 from ._process import NAME, Identity
 from ._stay import Habitat, Stays
+
+# The functions below signal's, which make enums of each signal.
+_SIGINT = int(signal.SIGINT)
+
+
+class Heritage(NamedTuple):
+    """
+    What a zygote has made ready for its workers: all that they need not make themselves, as what a
+    fresh child writes to must be copied first.
+
+    Args:
+        told: What the zygote knew.
+        failure: Why it could not import the main module, if so.
+        identity: Who they are.
+    """
+
+    told: dict[str, Any]
+    failure: Optional[RuntimeError]
+    identity: Identity
 
 
 def main(channel: int) -> NoReturn:
     """Entry point of a spawned worker."""
     os.set_inheritable(channel, False)
-    serve(channel, None, None)
+    serve(channel, None)
 
 
-def serve(
-    channel: int, told: Optional[dict[str, Any]], failure: Optional[RuntimeError]
-) -> NoReturn:
+def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
     """
     Receive one job and run it.
 
     Args:
         channel: A blocking stream socket.
-        told: What the zygote knew; None without a zygote.
-        failure: Why the zygote could not import the main module, if so.
+        heritage: None without a zygote.
     """
-    until_job = signal.getsignal(signal.SIGINT)
+    until_job = _signal.getsignal(_SIGINT)
     sock = adopt(channel)
     try:
-        fds = receive_fds(sock)
-        frame = _receive_frame(channel, fds)
+        frame, fds = receive_job(sock, b"", [], FrameReader())
     except (EOFError, ConnectionResetError):
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
     changed = pickle.loads(frame.segments[0])  # noqa: S301
-    Identity(changed["parent_pid"]).assume(forked=told is not None)
+    told, failure, identity = heritage or ({}, None, Identity(0))
+    identity.assume(forked=heritage is not None, parent_pid=changed["parent_pid"])
     tracker: Any = resource_tracker
     tracker._resource_tracker._fd = fds.pop(0)
     key, has_lease, place, has_bell = changed["seat"]
@@ -67,13 +84,14 @@ def serve(
         try:
             if failure is not None:
                 raise failure
-            _prepare(changed, told or {})
-            habitat.accept()
+            _prepare(changed, told)
+            if stays is not None:
+                habitat.accept()
             job = load(task.take())
         finally:
             # Unless importing main has chosen another handler, or it is ignored.
-            if callable(until_job) and signal.getsignal(signal.SIGINT) is until_job:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if callable(until_job) and _signal.getsignal(_SIGINT) is until_job:
+                _signal.signal(_SIGINT, _signal.default_int_handler)
         return job.run()
 
     Worker(channel, next_jobs).work(call)
@@ -89,14 +107,6 @@ class _Held:
         frame, self._frame = self._frame, None
         assert frame is not None  # noqa: S101  # taken once
         return frame
-
-
-def _receive_frame(channel: int, fds: list[int]) -> Frame:
-    reader = FrameReader(fds)
-    frame = None
-    while frame is None:
-        frame = reader.feed(channel)
-    return frame
 
 
 def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import array
 import errno
 import gc
@@ -27,7 +28,7 @@ import sys
 import traceback
 from collections import deque
 from contextlib import suppress
-from multiprocessing import process, spawn, util
+from multiprocessing import process, spawn
 from types import FrameType
 from typing import Any, NoReturn, Optional
 
@@ -41,7 +42,7 @@ from jobserver._fds import CLOEXEC, adopt, fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
 
-from ._process import report
+from ._process import Identity, forget_program, report
 from ._protocol import (
     EXITED,
     FAILED,
@@ -53,7 +54,7 @@ from ._protocol import (
     READY,
     THREADED,
 )
-from ._remote import serve
+from ._remote import Heritage, serve
 
 _LENGTH = struct.Struct("<Q")
 
@@ -73,12 +74,13 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     failure = _prepare(told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threaded = len(sys._current_frames()) > 1
-    hooks: Any = util
-    hooks._close_stdin()
+    forget_program()
     _large.prepare()
+    inherit_door(door, told)
+    heritage = Heritage(told, failure, Identity(0))
     gc.collect()
     gc.freeze()
-    _Zygote(server, door, alive, failure, told, threaded=threaded).serve()
+    _Zygote(server, alive, heritage, threaded=threaded).serve()
 
 
 def _end(number: int, frame: Optional[FrameType]) -> None:  # noqa: ARG001
@@ -170,21 +172,10 @@ class _Client:
 
 
 class _Zygote:
-    def __init__(
-        self,
-        server: int,
-        door: int,
-        alive: int,
-        failure: Optional[RuntimeError],
-        told: dict[str, Any],
-        *,
-        threaded: bool,
-    ) -> None:
+    def __init__(self, server: int, alive: int, heritage: Heritage, *, threaded: bool) -> None:
         self._server = adopt(server, socket.SOCK_SEQPACKET)
-        self._door = door
         self._alive = alive
-        self._failure = failure
-        self._told = told
+        self._heritage = heritage
         self._threaded = threaded
         self._clients: dict[int, _Client] = {}
         self._children: dict[int, _Child] = {}
@@ -270,15 +261,14 @@ class _Zygote:
     def _become_worker(self, channel: int) -> NoReturn:
         try:
             self._epoll.close()
-            self._server.close()
+            os.close(self._server.detach())
             os.close(self._alive)
-            for client in self._clients.values():
-                client.sock.close()
-            for fd in self._children:
+            for fd in (*self._clients, *self._children):
                 os.close(fd)
-            signal.signal(signal.SIGINT, _end)  # until its job is there, see `UNTIL_JOB`
-            inherit_door(self._door, self._told)
-            serve(channel, self._told, self._failure)
+            for client in self._clients.values():
+                client.sock.detach()
+            _signal.signal(_signal.SIGINT, _end)  # until its job is there, see `UNTIL_JOB`
+            serve(channel, self._heritage)
         except BaseException as error:  # noqa: BLE001
             report(error)
         finally:
