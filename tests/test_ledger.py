@@ -47,7 +47,7 @@ def ledger() -> Iterator[Ledger]:
 
 def chunk(ledger: Ledger, fn: Callable[[int], Any], patience: float | None = 60.0) -> Done:
     """Make the calls fn(0), fn(1), ... here."""
-    return run_chunk(fn, [(n,) for n in range(ledger.count)], None, ledger, patience)
+    return run_chunk(fn, range(ledger.count), None, ledger, patience, True)
 
 
 def found(ledger: Ledger) -> list[Any]:

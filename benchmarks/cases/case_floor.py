@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import array
 import os
+import pickle
 import select
+import socket
+from contextlib import suppress
 from typing import Any
 
-from workload import System
+from workload import System, nothing
 
 
 class Fork(System):
@@ -34,6 +38,102 @@ class Fork(System):
             running.append(pid)
         for pid in running:
             os.waitpid(pid, 0)
+
+
+class Job(System):
+    """A forked process that makes a call and writes the pickled result into a pipe; no more."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.epoll = select.epoll()
+        self.running: dict[int, int] = {}
+
+    def start(self) -> None:
+        answer, theirs = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.write(theirs, pickle.dumps(nothing()))
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        self.note(answer, pid)
+
+    def note(self, answer: int, pid: int) -> None:
+        self.running[answer] = pid
+        self.epoll.register(answer, select.EPOLLIN)
+
+    def finish(self) -> int:
+        """Take what is there; returns how many results that is."""
+        found = self.epoll.poll()
+        for answer, _event in found:
+            pickle.loads(os.read(answer, 4096))
+            self.epoll.unregister(answer)
+            os.close(answer)
+            self.reap(self.running.pop(answer))
+        return len(found)
+
+    def reap(self, pid: int) -> None:
+        os.waitpid(pid, 0)
+
+    def once(self) -> None:
+        self.start()
+        self.finish()
+
+    def burst(self, count: int) -> None:
+        started = ended = 0
+        while ended < count:
+            while started < count and len(self.running) < self.slots:
+                self.start()
+                started += 1
+            ended += self.finish()
+
+
+class Zygote(Job):
+    """The same, forked on request by another process, which gets the call pickled."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if not self.pid:
+            self.sock.close()
+            try:
+                self.serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+
+    def serve(self, sock: socket.socket) -> None:
+        """Fork until nobody can ask any more."""
+        while True:
+            data, ancillary, _flags, _address = sock.recvmsg(4096, socket.CMSG_SPACE(4))
+            if not data:
+                os._exit(0)
+            (theirs,) = array.array("i", ancillary[0][2])
+            if not os.fork():
+                try:
+                    os.write(theirs, pickle.dumps(pickle.loads(data)()))
+                finally:
+                    os._exit(0)
+            os.close(theirs)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+    def start(self) -> None:
+        answer, theirs = os.pipe()
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs]))
+        self.sock.sendmsg([pickle.dumps(nothing)], [rights])
+        os.close(theirs)
+        self.note(answer, 0)
+
+    def reap(self, pid: int) -> None:
+        """Leave that to the zygote."""
+
+    def close(self) -> None:
+        self.sock.close()
+        os.waitpid(self.pid, 0)
 
 
 class Pipes(System):
@@ -106,7 +206,13 @@ def copied(value: Any) -> Any:
     return value.copy() if hasattr(value, "copy") else value
 
 
-VARIANTS: dict[str, Any] = {"fork": Fork, "pipes": Pipes, "copy": Copy}
+VARIANTS: dict[str, Any] = {
+    "fork": Fork,
+    "job": Job,
+    "zygote": Zygote,
+    "pipes": Pipes,
+    "copy": Copy,
+}
 
 if __name__ == "__main__":
     from measure import main

@@ -56,11 +56,13 @@ class Kind(NamedTuple):
 
 KINDS = [
     Kind("floor-fork", 100, 600),
+    Kind("floor-job", 100, 600),
     Kind("ours-fork", 100, 600),
     Kind("process-fork", 100, 600),
     Kind("ours-fork", 100, 600, together=True),
     Kind("pool-fresh-fork", 100, 600, together=True),
     Kind("peer-fork", 100, 600, together=True),
+    Kind("floor-zygote", 100, 600),
     Kind("ours-forkserver", 100, 600),
     Kind("process-forkserver", 10, 60),
     Kind("ours-spawn", 5, 25),

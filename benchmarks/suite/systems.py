@@ -90,6 +90,12 @@ SYSTEMS: dict[str, System] = {
     "floor-fork": System(
         "limit: bare `os.fork`, `_exit`, `waitpid`", "stdlib", "case_floor.py", "fork"
     ),
+    "floor-job": System(
+        "limit: `os.fork`, a pickled result in a pipe", "stdlib", "case_floor.py", "job"
+    ),
+    "floor-zygote": System(
+        "limit: the same, by a zygote that gets the call", "stdlib", "case_floor.py", "zygote"
+    ),
     "floor-pipes": System(
         "limit: warm processes, one byte each way", "stdlib", "case_floor.py", "pipes"
     ),

@@ -115,20 +115,24 @@ def targets_text(results: Results) -> str:
         reached = target.ratio(results)
         if reached is not None:
             said = "yes" if target.met(reached) else "no"
-            lines.append([target.text, target.wanted, cell(reached, 2), said])
+            most = target.most(results)
+            there = cell(most, 2) if most else ""
+            lines.append([target.text, target.wanted, cell(reached, 2), there, said])
     for bound in all_bounds():
         record = results.rows.get(bound.row)
         found = record and record.spread(bound.metric)
         if found:
             said = "yes" if found.median <= bound.most else "no"
-            lines.append([bound.text, f"at most {bound.most:g}", cell(found, 2), said])
+            lines.append([bound.text, f"at most {bound.most:g}", cell(found, 2), "", said])
     if not lines:
         return ""
     text = (
         "Ratios are taken round by round: what ran in turn is compared. Between sessions there is"
-        " only the ratio of the medians, without a spread.\n"
+        " only the ratio of the medians, without a spread. The limit is what the least comes to"
+        " that could be called a job: see the rows with that name.\n"
     )
-    return f"### Targets\n\n{text}\n" + table(["ratio", "wanted", "reached", "met"], lines)
+    head = ["ratio", "wanted", "reached", "the limit's", "met"]
+    return f"### Targets\n\n{text}\n" + table(head, lines)
 
 
 def sessions_text(results: Results) -> str:
