@@ -14,6 +14,8 @@ from typing import Any
 
 from workload import System, nothing
 
+JOB: Any = nothing
+
 
 class Fork(System):
     """A forked process that ends at once, and that is waited for."""
@@ -53,7 +55,7 @@ class Job(System):
         pid = os.fork()
         if not pid:
             try:
-                os.write(theirs, pickle.dumps(nothing()))
+                os.write(theirs, pickle.dumps(JOB()))
             finally:
                 os._exit(0)
         os.close(theirs)
@@ -124,7 +126,7 @@ class Zygote(Job):
     def start(self) -> None:
         answer, theirs = os.pipe()
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs]))
-        self.sock.sendmsg([pickle.dumps(nothing)], [rights])
+        self.sock.sendmsg([pickle.dumps(JOB)], [rights])
         os.close(theirs)
         self.note(answer, 0)
 
