@@ -237,11 +237,6 @@ def random_number() -> float:
     return random.random()
 
 
-def read_stdin() -> str:
-    """All of stdin."""
-    return sys.stdin.read()
-
-
 def signal_state() -> tuple[list[int], bool]:
     """Blocked signals, and whether SIGINT raises KeyboardInterrupt."""
     blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))

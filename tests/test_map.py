@@ -68,6 +68,28 @@ def test_results_in_order(chunksize: int, buffersize: int | None) -> None:
         assert list(got) == list(range(10))
 
 
+class Odd(type):
+    """A type of types that cannot be told apart by a hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class OddTuple(tuple, metaclass=Odd):  # type: ignore[type-arg]
+    """Arguments of an unusual type."""
+
+    __slots__ = ()
+
+
+@pytest.mark.contract("M3")
+def test_arguments_of_an_odd_type() -> None:
+    """Whatever an element is, its items are the arguments."""
+    with Jobserver("fork", 1) as js:
+        assert list(js.map(add, [OddTuple((1, 2)), (3, 4)])) == [3, 7]
+
+
 @pytest.mark.contract("M2", "M3")
 def test_every_method(method: str) -> None:
     """map works the same with every start method."""

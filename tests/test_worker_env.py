@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,6 @@ from jobs import (
     note_in,
     raising_entry,
     random_number,
-    read_stdin,
     refuse,
     signal_state,
     threads_left,
@@ -274,11 +274,57 @@ def test_random_numbers_differ(method: str) -> None:
     assert len(numbers) == 3
 
 
+INPUT = """
+import subprocess, sys
+from jobserver import Jobserver
+MADE_OF_IT
+
+def read():
+    command = [sys.executable, "-c", "import sys; print(sys.stdin.read())"]
+    return sys.stdin.read(), subprocess.run(command, stdout=subprocess.PIPE).stdout
+
+if __name__ == "__main__":
+    with Jobserver(sys.argv[1], 1) as js:
+        print(*js.submit(read).result())
+    print(sys.stdin.read())
+"""
+
+
 @pytest.mark.contract("S2")
-def test_stdin_is_not_shared(method: str) -> None:
-    """A worker reads an empty stdin instead of stealing the caller's."""
-    with Jobserver(method, 1) as js:
-        assert js.submit(read_stdin).result(PATIENCE) == ""
+@pytest.mark.parametrize("made", ["", "sys.stdin = open(0)"])
+def test_stdin_is_not_shared(method: str, made: str, tmp_path: Path) -> None:
+    """A worker, and a command that it runs, read an empty stdin and leave the caller's alone."""
+    script = tmp_path / "program.py"
+    script.write_text(INPUT.replace("MADE_OF_IT", made))
+
+    done = run_program([str(script), method], stdin="for the program")
+
+    assert (done.stdout, done.stderr) == (" b'\\n'\nfor the program\n", "")
+
+
+CLOSED = """
+import sys
+from jobserver import Jobserver
+sys.stdin.close()
+
+def read():
+    return sys.stdin.read()
+
+if __name__ == "__main__":
+    with Jobserver(sys.argv[1], 1) as js:
+        print(js.submit(read).result())
+"""
+
+
+@pytest.mark.contract("S2")
+def test_stdin_that_main_has_closed(method: str, tmp_path: Path) -> None:
+    """A worker reads an empty stdin also where the program has closed its own."""
+    script = tmp_path / "program.py"
+    script.write_text(CLOSED)
+
+    done = run_program([str(script), method], stdin="for nobody")
+
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 @pytest.mark.contract("S2")
@@ -294,6 +340,21 @@ def test_children_of_multiprocessing(method: str) -> None:
     """A job may start multiprocessing processes of its own."""
     with Jobserver(method, 1) as js:
         assert js.submit(multiprocessing_child).result(PATIENCE) == "from the grandchild"
+
+
+def name_of_a_child() -> str:
+    """What multiprocessing would call the first process that this job starts."""
+    return multiprocessing.get_context("fork").Process(target=print).name
+
+
+@pytest.mark.contract("S2")
+@pytest.mark.fresh("a worker that stays counts on")
+def test_children_of_workers_have_names_of_their_own() -> None:
+    """Forked workers are numbered, and the names of their processes begin with that number."""
+    with Jobserver("fork", 1) as js:
+        names = [js.submit(name_of_a_child).result(PATIENCE) for _ in range(3)]
+
+    assert len(set(names)) == 3
 
 
 @pytest.mark.contract("S2")

@@ -80,7 +80,7 @@ def _collect(
 ) -> list[Any]:
     if kwargses is None and isinstance(argses, (list, tuple)):
         argses = list(argses)
-        if set(map(type, argses)) == {tuple}:
+        if not [args for args in argses if type(args) is not tuple]:
             return argses  # there is nothing to check
     return list(_read(argses, kwargses))
 

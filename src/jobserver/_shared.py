@@ -265,8 +265,9 @@ class Canary:
         reactor = self.shared.reactor
         if _forking.stale():
             return  # what is in flight is the parent's
+        running = list(reactor.running)  # at once: other threads may be at it
         try:
-            count = 0 if reactor.closed else sum(not future._vain for future in reactor.running)
+            count = 0 if reactor.closed else sum(not future._vain for future in running)
             if count:
                 warnings.warn(
                     f"Finalizing {self.shared!r} with {count} running Future{'s' * (count > 1)}",

@@ -21,7 +21,7 @@ from jobserver._flight import Flight, Started, child_exit_status
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._worker._main import Worker
 from jobserver._worker._next import Next
-from jobserver._worker._process import Identity, forget_program, report
+from jobserver._worker._process import Identity, forget_program, leave_stdin, report
 from jobserver._worker._stay import Habitat, Stays, variables
 from jobserver._worker._task import Task
 
@@ -59,6 +59,7 @@ class ForkLauncher:
         identity = self._identity
         if identity is None or not identity.holds(parent):
             identity = self._identity = Identity(parent)
+        number = identity.numbered()
         own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
         told = next_jobs = None
         born = 0
@@ -73,7 +74,7 @@ class ForkLauncher:
         try:
             pid = _forking.fork(seat.fds() | {writer})
             if pid == 0:
-                _child(worker, prepared, identity, own, mask)
+                _child(worker, prepared, identity, number, own, mask)
         except BaseException:
             if os.getpid() != parent:
                 # An exception at the first instant of the child's life must not unwind the
@@ -132,12 +133,20 @@ def open_pidfd(pid: int) -> int:
         raise
 
 
-def _child(worker: Worker, task: Task, identity: Identity, own: OwnSlot, mask: Any) -> NoReturn:
+def _child(
+    worker: Worker,
+    task: Task,
+    identity: Identity,
+    number: tuple[int, ...],
+    own: OwnSlot,
+    mask: Any,
+) -> NoReturn:
     try:
         start_afresh()
         run_on(own)
         forget_program()
-        identity.assume(forked=True)
+        leave_stdin()
+        identity.assume(forked=True, number=number)
         _signals.restore(mask)
         worker.work(task.run)
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called

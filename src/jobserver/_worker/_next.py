@@ -184,7 +184,8 @@ def receive_job(
         EOFError, ConnectionResetError: Nothing more comes.
     """
     while len(data) < _COUNT.size:
-        more, others = _read(sock, _SIZE)
+        # Beside the rest of a count that has come in parts there may be the bytes of descriptors.
+        more, others = _read(sock, _COUNT.size - len(data) if data else _SIZE)
         data += more
         fds += others
     (count,) = _COUNT.unpack_from(data)

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from multiprocessing import process, util
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 NAME = "Jobserver-worker"
 
@@ -87,16 +87,25 @@ class Identity:
         parent = _process._current_process
         return self._of == (parent, parent.name, parent._config, parent_pid)
 
-    def assume(self, *, forked: bool, parent_pid: int = 0) -> None:
+    def numbered(self) -> tuple[int, ...]:
+        """Return what tells the next worker from the others, as multiprocessing counts them."""
+        return (*_process._current_process._identity, next(_process._process_counter))
+
+    def assume(
+        self, *, forked: bool, parent_pid: int = 0, number: Optional[tuple[int, ...]] = None
+    ) -> None:
         """
         In the worker: be that process.
 
         Args:
             forked: Not started as an interpreter of its own.
             parent_pid: What is to be the parent, if that was not known before.
+            number: See ``numbered``; None for the first.
         """
         if parent_pid:
             self._me._parent_pid = self._parent._pid = parent_pid
+        if number is not None:
+            self._me._identity = number
         # What is frozen is not traversed by the collector, so its pages stay shared.
         gc.freeze()
         _process._process_counter = self._counter
@@ -116,13 +125,28 @@ def forget_program() -> None:
         pass  # not the main thread
     if _util._finalizer_registry:
         _util._finalizer_registry.clear()
-    if sys.stdin is None or getattr(sys.stdin, "closed", False):
-        return  # without a stdin, the program may have another file under its number
+
+
+def leave_stdin() -> None:
+    """In a process forked from the program: leave its input to that."""
+    if sys.stdin is None:
+        return  # the program may have another file under its number
+    closed = getattr(sys.stdin, "closed", False)
+    sys.stdin = _NO_INPUT  # first, as the end of what it was may close the descriptor
+    if closed:
+        return  # likewise
     null = os.open(os.devnull, os.O_RDONLY)
     if null:
         os.dup2(null, 0, inheritable=True)
         os.close(null)
-    sys.stdin = _NO_INPUT
+    else:
+        os.set_inheritable(0, True)
+
+
+def shut_stdin() -> None:
+    """In an interpreter that was started for workers, whatever importing main has made of it."""
+    _util._close_stdin()
+    leave_stdin()
 
 
 def finish_jobs() -> None:

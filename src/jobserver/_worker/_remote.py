@@ -20,7 +20,7 @@ from jobserver._wire import Frame
 from . import _inherit
 from ._main import Worker
 from ._next import Next, load, receive_job
-from ._process import NAME, Identity
+from ._process import NAME, Identity, shut_stdin
 from ._stay import Habitat, Stays
 
 # The functions below signal's, which make enums of each signal.
@@ -85,6 +85,8 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
             if failure is not None:
                 raise failure
             _prepare(changed, told)
+            if heritage is None:
+                shut_stdin()
             if stays is not None:
                 habitat.accept()
             job = load(task.take())

@@ -42,7 +42,7 @@ from jobserver._fds import CLOEXEC, adopt, fds_of
 from jobserver._launch._zygote import inherit_door
 from jobserver._reactor import active_reactors  # noqa: F401
 
-from ._process import Identity, forget_program, report
+from ._process import Identity, forget_program, report, shut_stdin
 from ._protocol import (
     EXITED,
     FAILED,
@@ -74,6 +74,7 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     failure = _prepare(told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threaded = len(sys._current_frames()) > 1
+    shut_stdin()
     forget_program()
     _large.prepare()
     inherit_door(door, told)
