@@ -84,30 +84,28 @@ class Run:
 
     def steps(self) -> Iterator[Iterable[Any]]:
         """Submit, wait, and yield results, as many at a time as there are."""
-        try:
-            while True:
-                self._settle()
-                head = self._batches.head
-                if head is not None and head.look():
-                    try:
-                        self._refill()
-                    except CallbackRaised as error:
-                        yield raising(error)
-                    yield self._telling.of(head.results())
-                    if self._telling.over:
+        return ending(self._steps(), self._telling)
+
+    def _steps(self) -> Iterator[Iterable[Any]]:
+        while True:
+            self._settle()
+            head = self._batches.head
+            if head is not None and head.look():
+                try:
+                    self._refill()
+                except CallbackRaised as error:
+                    yield raising(error)
+                yield self._telling.of(head.results())
+                if self._telling.over:
+                    return
+                if head.ended:
+                    self._batches.pop()
+            else:
+                try:
+                    if not self._go_on(head):
                         return
-                    if head.ended:
-                        self._batches.pop()
-                else:
-                    try:
-                        if not self._go_on(head):
-                            return
-                    except CallbackRaised as error:
-                        yield raising(error)
-        except Late:
-            raise late() from None
-        finally:
-            self._telling.leave()
+                except CallbackRaised as error:
+                    yield raising(error)
 
     def _leave(self) -> None:
         self._futures.clear()
@@ -264,15 +262,20 @@ class Telling:
         self._values = None
 
     def leave(self) -> None:
-        """The map ends here, whatever has been yielded of it."""
-        if self.over:
-            return
-        self.over = True
-        values: Any = self._values
-        self._values = None
-        if values is not None:
-            values.close()
-        self._leave()
+        """
+        The map ends here, whatever has been yielded of it.
+
+        If Ctrl-C comes out of this, it may have done nothing yet: call it once more.
+        """
+        with deferred():
+            if self.over:
+                return
+            self.over = True
+            values: Any = self._values
+            self._values = None
+            if values is not None:
+                values.close()
+            self._leave()
 
 
 class Steps(Protocol):
@@ -281,6 +284,25 @@ class Steps(Protocol):
     def steps(self) -> Iterator[Iterable[Any]]:
         """Submit, wait, and yield results, as many at a time as there are."""
         ...
+
+
+def ending(steps: Iterator[Iterable[Any]], telling: Telling) -> Iterator[Iterable[Any]]:
+    """
+    Yield what ``steps`` does; whatever ends them ends the map.
+
+    Not a ``try`` around their loop: from Python 3.12 on some jumps back in a loop belong to no
+    ``try``, and such jumps are where handlers run. Ctrl-C there would skip the ``finally``.
+    """
+    try:
+        yield from steps
+    except Late:
+        raise late() from None
+    finally:
+        try:
+            telling.leave()
+        except BaseException:
+            telling.leave()  # Ctrl-C has come before it had done anything
+            raise
 
 
 def raising(error: CallbackRaised) -> Iterator[Any]:

@@ -34,7 +34,7 @@ from . import _forking
 from ._admission import TICK
 from ._backlog import Backlog, Call
 from ._errors import Blocked, CallbackRaised
-from ._map import Late, Telling, late, raising, reclaim
+from ._map import Late, Telling, ending, raising, reclaim
 from ._packing import PORTION
 from ._patience import Patience
 from ._pledge import AS_THEY_ARE, Slip
@@ -91,32 +91,30 @@ class QueueRun:
 
     def steps(self) -> Iterator[Iterable[Any]]:
         """Submit, wait, and yield results, as many at a time as there are."""
+        return ending(self._steps(), self._telling)
+
+    def _steps(self) -> Iterator[Iterable[Any]]:
         order = self._order
-        try:
-            while True:
-                self._feed()
-                if self._error is not None and not (order and order[0].done):
-                    raise self._error
-                try:
-                    if not order:
-                        if self._is_over():
-                            return
-                        continue
-                    if not order[0].done:
-                        self._wait()
-                    elif time.monotonic() >= self._next:
-                        self._keep_up()
-                except CallbackRaised as error:
-                    yield raising(error)
-                    continue
-                if order[0].done:
-                    yield self._telling.of(self._values())
-                    if self._telling.over:
+        while True:
+            self._feed()
+            if self._error is not None and not (order and order[0].done):
+                raise self._error
+            try:
+                if not order:
+                    if self._is_over():
                         return
-        except Late:
-            raise late() from None
-        finally:
-            self._telling.leave()
+                    continue
+                if not order[0].done:
+                    self._wait()
+                elif time.monotonic() >= self._next:
+                    self._keep_up()
+            except CallbackRaised as error:
+                yield raising(error)
+                continue
+            if order[0].done:
+                yield self._telling.of(self._values())
+                if self._telling.over:
+                    return
 
     def _values(self) -> Iterator[Any]:
         """Yield what is done, for as long as nothing else is to be done."""
