@@ -63,25 +63,36 @@ def issue_now(future: Future[Any]) -> None:
 
 
 def _issue(reactor: Optional[Reactor], future: Optional[Future[Any]]) -> None:
-    here = _issuing
+    here, at = _issuing, [future]
     try:
         here.active = True
         if reactor is not None:
             reactor.unload()
-        while True:
-            if future is not None:
-                _issue_of(future)
-            with deferred():  # else Ctrl-C could find one that is in no queue, and here neither
-                future = _next(here, reactor)
-            if future is None:
-                return
+        _issue_in_turn(here, reactor, at)
     finally:
         here.active = False
         # A callback failed: the next observer takes up the rest.
-        if future is not None:
-            _queue(future, first=True)
+        if at[0] is not None:
+            _queue(at[0], first=True)
         while here.later:
             _queue(here.later.popleft())
+
+
+def _issue_in_turn(
+    here: _Issuing, reactor: Optional[Reactor], at: list[Optional[Future[Any]]]
+) -> None:
+    """
+    Issue the callbacks of the future that is in ``at``, and of those that follow it there.
+
+    A function of its own, as ``_map.ending`` says: Ctrl-C in the loop must not pass the `finally`.
+    """
+    while True:
+        if at[0] is not None:
+            _issue_of(at[0])
+        with deferred():  # else Ctrl-C could find one that is in no queue, and here neither
+            at[0] = _next(here, reactor)
+        if at[0] is None:
+            return
 
 
 def _next(here: _Issuing, reactor: Optional[Reactor]) -> Optional[Future[Any]]:

@@ -213,22 +213,33 @@ def _results(
     end: Optional[float],
 ) -> Iterator[T]:
     try:
-        while futures:
-            # Before the head is waited for, so that the window is full meanwhile.
-            alive = executor()
-            batch = next(batches, None) if alive is not None else None
-            if alive is not None and batch is not None:
-                futures.append(alive.submit(run_batch, fn, batch))
-            del alive, batch
-            head = futures.popleft()
-            try:
-                values = head.result(None if end is None else end - time.monotonic())
-            finally:
-                head.cancel()
-                del head  # which refers to what is yielded
-            values.reverse()
-            while values:
-                yield values.pop()
+        # Its loops are in a function of their own, as `_map.ending` says.
+        yield from _in_turn(futures, executor, fn, batches, end)
     finally:
         for future in futures:
             future.cancel()
+
+
+def _in_turn(
+    futures: deque[StdFuture[list[T]]],
+    executor: weakref.ref[JobserverExecutor],
+    fn: Callable[..., T],
+    batches: Iterator[tuple[tuple[Any, ...], ...]],
+    end: Optional[float],
+) -> Iterator[T]:
+    while futures:
+        # Before the head is waited for, so that the window is full meanwhile.
+        alive = executor()
+        batch = next(batches, None) if alive is not None else None
+        if alive is not None and batch is not None:
+            futures.append(alive.submit(run_batch, fn, batch))
+        del alive, batch
+        head = futures.popleft()
+        try:
+            values = head.result(None if end is None else end - time.monotonic())
+        finally:
+            head.cancel()
+            del head  # which refers to what is yielded
+        values.reverse()
+        while values:
+            yield values.pop()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from ._admission import TICK, Bell
 from ._callbacks import issue_due
@@ -88,26 +88,37 @@ class Holding:
         bell = Bell(own)
         rings = deadline is None and on_pool and not own.consumes
         try:
-            while True:
-                issue_due(reactor)
-                if reactor.wait(
-                    test,
-                    time.monotonic() if rings else deadline,
-                    arm=slots.filenos(),
-                    tick=TICK,
-                    on_tick=slots.sweep,
-                ):
-                    if found:
-                        hold(found[0])
-                        self._held.append(found[0])
-                        return
-                elif rings:
-                    rings = False
-                    bell.ring()
-                elif not slots.sweep():
-                    raise Blocked("no slot was free within the timeout")
+            self._wait(test, deadline, found, bell if rings else None)
         finally:
             bell.hush()
+
+    def _wait(
+        self,
+        test: Callable[[], bool],
+        deadline: Optional[float],
+        found: list[OwnSlot],
+        bell: Optional[Bell],
+    ) -> None:
+        # A function of its own, as `_map.ending` says: Ctrl-C here must not pass the `finally`.
+        reactor, slots = self._shared.reactor, self._shared.slots
+        while True:
+            issue_due(reactor)
+            if reactor.wait(
+                test,
+                deadline if bell is None else time.monotonic(),
+                arm=slots.filenos(),
+                tick=TICK,
+                on_tick=slots.sweep,
+            ):
+                if found:
+                    hold(found[0])
+                    self._held.append(found[0])
+                    return
+            elif bell is not None:
+                bell.ring()
+                bell = None
+            elif not slots.sweep():
+                raise Blocked("no slot was free within the timeout")
 
     def put_down(self) -> None:
         """Return the slot that the last ``take`` has taken."""
