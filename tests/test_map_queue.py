@@ -277,7 +277,15 @@ def enter_both(js: Jobserver, gate: Gate) -> list[int]:
     return [future.result(PATIENCE) for future in futures]
 
 
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker that has begun make all calls, and leave none to one that is stopped."""
+    monkeypatch.setattr(_queue, "_LASTS", PATIENCE)
+    monkeypatch.setattr(_queue, "_SHORT", PATIENCE)
+
+
 @pytest.mark.contract("S18")
+@pytest.mark.usefixtures("lasting")
 def test_slots_are_free_after_the_last_result(make_gate: Callable[[], Gate]) -> None:
     """The end of the iteration waits for a worker that came too late to find anything to do."""
     with warm("fork", 2) as js:
@@ -293,6 +301,7 @@ def test_slots_are_free_after_the_last_result(make_gate: Callable[[], Gate]) -> 
 
 
 @pytest.mark.contract("H12")
+@pytest.mark.usefixtures("lasting")
 def test_dropped_when_all_has_been_yielded(gate: Gate) -> None:
     """A worker that has not found out that there is nothing to do is no running Future."""
     js = warm("fork", 2)
