@@ -332,6 +332,17 @@ def free_slots(js: Any, gate: Gate, most: int = 64) -> int:
     return len(futures)
 
 
+def await_failing_callbacks(js: Any, gate: Gate) -> int:
+    """Have jobs answered whose callbacks will fail; nobody has observed that yet. How many."""
+    futures = [js.submit(gate.enter) for _ in range(2)]
+    for future in futures:
+        future.when_done(int, "no number")
+    gate.open()
+    for future in futures:
+        await_answer(future)
+    return len(futures)
+
+
 #: The calls that observe the end of a job, by name: see observe().
 OBSERVERS = ["done", "wait", "result", "submit", "reclaim_resources"]
 

@@ -15,6 +15,7 @@ from helpers import (
     PATIENCE,
     Gate,
     await_answer,
+    await_failing_callbacks,
     free_slots,
     getenv,
     identity,
@@ -169,13 +170,7 @@ def test_reclaim_does_not_wait(method: str, gate: Gate) -> None:
 def test_reclaim_raises_one_error_each_time(gate: Gate) -> None:
     """reclaim_resources raises CallbackRaised until all callbacks are drained."""
     js = Jobserver("fork", 2)
-    futures = [js.submit(gate.enter) for _ in range(2)]
-    for future in futures:
-        future.when_done(int, "no number")
-    gate.open()
-    for future in futures:
-        await_answer(future)
-    for _ in futures:
+    for _ in range(await_failing_callbacks(js, gate)):
         with pytest.raises(CallbackRaised):
             js.reclaim_resources()
 

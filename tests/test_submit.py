@@ -16,6 +16,7 @@ from helpers import (
     Gate,
     append,
     await_answer,
+    await_failing_callbacks,
     everything,
     free_slots,
     identity,
@@ -254,13 +255,7 @@ def test_callback_raised_costs_no_slot(make_gate: Callable[[], Gate]) -> None:
     """After CallbackRaised from submit all slots are there."""
     js = Jobserver("fork", 2)
     for gate in (make_gate(), make_gate()):
-        futures = [js.submit(gate.enter) for _ in range(2)]
-        for future in futures:
-            future.when_done(int, "no number")
-        gate.open()
-        for future in futures:
-            await_answer(future)
-        for _ in futures:
+        for _ in range(await_failing_callbacks(js, gate)):
             with pytest.raises(CallbackRaised):
                 js.submit(nothing, timeout=PATIENCE)
 

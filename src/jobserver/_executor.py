@@ -127,7 +127,7 @@ class JobserverExecutor(Executor):
         batches = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
         first = batches if buffersize is None else itertools.islice(batches, buffersize)
         futures = deque(self.submit(run_batch, fn, batch) for batch in first)
-        return _results(futures, weakref.ref(self), fn, batches, end)
+        return _cancelling(futures, _results(futures, weakref.ref(self), fn, batches, end))
 
     def _map_auto(
         self,
@@ -205,22 +205,16 @@ def _check_max_tasks(count: Optional[int]) -> None:
         raise ValueError("max_tasks_per_child must be >= 1")
 
 
-def _results(
-    futures: deque[StdFuture[list[T]]],
-    executor: weakref.ref[JobserverExecutor],
-    fn: Callable[..., T],
-    batches: Iterator[tuple[tuple[Any, ...], ...]],
-    end: Optional[float],
-) -> Iterator[T]:
+def _cancelling(futures: deque[StdFuture[list[T]]], values: Iterator[T]) -> Iterator[T]:
+    # Around the loops that make the values, not in their function, as `_map.ending` says.
     try:
-        # Its loops are in a function of their own, as `_map.ending` says.
-        yield from _in_turn(futures, executor, fn, batches, end)
+        yield from values
     finally:
         for future in futures:
             future.cancel()
 
 
-def _in_turn(
+def _results(
     futures: deque[StdFuture[list[T]]],
     executor: weakref.ref[JobserverExecutor],
     fn: Callable[..., T],

@@ -194,10 +194,14 @@ def stale() -> bool:
 def _forget_at_leisure() -> None:
     global _stale  # noqa: PLW0603
     _stale = False
-    for ref in list(_at_leisure.values()):
+    _tell(_at_leisure, frozenset())
+
+
+def _tell(tracked: dict[int, weakref.ref[Any]], passed: frozenset[int]) -> None:
+    for ref in list(tracked.values()):
         thing = ref()
         if thing is not None:
-            thing.after_fork_in_child(frozenset())
+            thing.after_fork_in_child(passed)
 
 
 def _after_in_child() -> None:
@@ -215,10 +219,7 @@ def _after_in_child() -> None:
             except OSError:  # the program has closed what is not its own
                 pass
     owned.clear()
-    for ref in list(_at_once.values()):
-        thing = ref()
-        if thing is not None:
-            thing.after_fork_in_child(passed)
+    _tell(_at_once, passed)
     _stale = True
     if found is None:
         _forget_at_leisure()

@@ -268,7 +268,8 @@ class _Zygote:
                 os.close(fd)
             for client in self._clients.values():
                 client.sock.detach()
-            _signal.signal(_signal.SIGINT, _end)  # until its job is there, see `UNTIL_JOB`
+            # Until its job is there, see `UNTIL_JOB`; signal's own would make enums in each child.
+            _signal.signal(_signal.SIGINT, _end)
             serve(channel, self._heritage)
         except BaseException as error:  # noqa: BLE001
             report(error)
