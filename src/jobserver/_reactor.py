@@ -25,9 +25,12 @@ from ._signals import Deferred, deferred
 from ._sleeper import Sleeper, pause_until
 from ._slots._own import own_slot
 from ._slots._pool import SlotPool
+from ._spin import Spin
 
 # A worker that has answered is gone within a millisecond, unless it has been stopped.
 _LAST_REAP = 0.2
+# Who waits less than so many seconds has no time to spin.
+_HURRY = 0.001
 
 
 class Reactor(Books):
@@ -35,6 +38,7 @@ class Reactor(Books):
 
     def __init__(self, slots: SlotPool, crew: Crew) -> None:
         super().__init__(slots, crew)
+        self._spin = Spin()
         _forking.track(self, at_leisure=True)
 
     def reap(self, *, keep: bool = False) -> None:
@@ -161,7 +165,7 @@ class Reactor(Books):
         closings = self.poller.closings
         try:
             with signals.lifted():
-                events = poller.poll(pause)
+                events = self._poll(poller, pause)
         except BaseException:
             # Ctrl-C just after it: what was armed for one shot may have been spent.
             with self.lock:
@@ -178,6 +182,13 @@ class Reactor(Books):
             else:
                 self._handle(events, leader=True)
         return not events
+
+    def _poll(self, poller: select.epoll, pause: Optional[float]) -> list[tuple[int, int]]:
+        if pause is None or pause >= _HURRY:
+            found = self._spin.until(lambda: poller.poll(0))
+            if found is not None:
+                return found
+        return poller.poll(pause)
 
     def _handle(self, events: Sequence[tuple[int, int]], *, leader: bool = False) -> bool:
         settled = False

@@ -17,6 +17,7 @@ from jobserver._errors import Untransferable, shown
 from jobserver._fds import CLOEXEC, MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
 from jobserver._slots._own import own_slot, run_on
+from jobserver._spin import Spin
 from jobserver._wire import Frame, brief
 
 from . import _inherit
@@ -28,6 +29,7 @@ from ._task import Task
 _CTRL_C = (int(signal.SIGINT),)
 _COUNT = struct.Struct("<I")
 _SIZE = 1 << 16
+_AT_ONCE = CLOEXEC | int(socket.MSG_DONTWAIT)
 _SPACE = socket.CMSG_SPACE(MOST * 4)
 
 
@@ -61,6 +63,7 @@ class Next:
         self._reader = FrameReader()
         self.sock: Optional[socket.socket] = None
         self._quiet = _Quiet()
+        self._spin = Spin()
 
     def begin(self) -> None:
         """In the worker, before its first job."""
@@ -103,6 +106,9 @@ class Next:
 
     def _hear(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """Wait for the first part of a job."""
+        found = self._spin.until(lambda: _read_at_once(sock))
+        if found is not None:
+            return found
         try:
             return _read_once(sock, _SIZE)
         except BlockingIOError:
@@ -219,8 +225,16 @@ def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
             continue
 
 
-def _read_once(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE, CLOEXEC)
+def _read_at_once(sock: socket.socket) -> Optional[tuple[bytes, list[int]]]:
+    """Read what is there; None if that is nothing."""
+    try:
+        return _read_once(sock, _SIZE, _AT_ONCE)
+    except BlockingIOError:
+        return None
+
+
+def _read_once(sock: socket.socket, size: int, how: int = CLOEXEC) -> tuple[bytes, list[int]]:
+    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE, how)
     if flags != CLOEXEC:  # which comes back, with what else is to be told
         refuse_truncated(flags)
     if not data:
