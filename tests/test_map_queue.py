@@ -284,6 +284,22 @@ def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_queue, "_SHORT", PATIENCE)
 
 
+def test_no_call_waits_for_a_worker_that_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    """Calls are made on the other slot while a worker that was to make some is stopped."""
+    monkeypatch.setattr(_queue, "_SHORT", -1)  # each call ends its drain
+    with warm("fork", 2) as js:
+        late = enter_both(js, gate)[0]
+        os.kill(late, signal.SIGSTOP)
+        try:
+            results = js.map(identity, [(n,) for n in range(CROWD)], timeout=PATIENCE)
+            assert list(itertools.islice(results, CROWD)) == list(range(CROWD))
+        finally:
+            os.kill(late, signal.SIGCONT)
+        assert list(results) == []
+
+
 @pytest.mark.contract("S18")
 @pytest.mark.usefixtures("lasting")
 def test_slots_are_free_after_the_last_result(make_gate: Callable[[], Gate]) -> None:

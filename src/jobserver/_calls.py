@@ -56,7 +56,7 @@ class _Out(NamedTuple):
 class Drain:
     """A job that makes calls from the queue, and how far it is known to be."""
 
-    __slots__ = ("_memory", "born", "cells", "done", "ledger", "look_at", "seen")
+    __slots__ = ("_memory", "_overdue", "born", "cells", "done", "ledger", "look_at", "seen")
 
     def __init__(self) -> None:
         self.ledger = Ledger(2 * MOST)
@@ -70,7 +70,9 @@ class Drain:
         self.born = 0  # the number of its worker, if that is forked
         self.done = 0  # so many of its calls have been resolved
         self.seen = 0  # so many it had begun at the last look
-        self.look_at = time.monotonic() + _LOOK
+        now = time.monotonic()
+        self.look_at = now + _LOOK
+        self._overdue = now + _SELDOM
 
     def progress(self) -> tuple[memoryview, list[int]]:
         """Return the ends of results, as far as there are some, and the numbers of calls begun."""
@@ -85,6 +87,10 @@ class Drain:
     def is_fresh(self) -> bool:
         """Say whether it has not begun any call."""
         return not self.cells[FIRST + MOST]
+
+    def is_coming(self) -> bool:
+        """Say whether it is about to begin; not if its worker is stopped, say."""
+        return self.is_fresh() and time.monotonic() < self._overdue
 
     def may_claim(self) -> bool:
         """Say whether it may have claimed a call that it has not noted yet."""
@@ -157,11 +163,11 @@ class Calls:
     def wants_drain(self) -> bool:
         """Say whether one more drain would find something to do."""
         waiting = self.waiting()
-        fresh = 0
+        coming = 0
         if waiting:
             for drain in self.drains.values():
-                fresh += drain.is_fresh()
-        return waiting > fresh
+                coming += drain.is_coming()
+        return waiting > coming
 
     @contextmanager
     def _held(self) -> Iterator[None]:
