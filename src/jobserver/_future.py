@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ._admission import Admission
     from ._outcome import Outcome
 
+    # Each with its number and its arguments.
+    _Callbacks = deque[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+
 T = TypeVar("T")
 
 
@@ -48,9 +51,7 @@ class Future(Generic[T]):
         self._reactor = admission.reactor
         self._lends = lends
         self._outcome: Optional[Outcome] = None
-        self._callbacks: deque[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = (
-            deque()
-        )
+        self._callbacks: Optional[_Callbacks] = None  # until there is one
         self._seqno = 0
         self._issuing = False
         self._sink: Optional[deque[Any]] = None  # an executor's, told when this is done
@@ -130,6 +131,8 @@ class Future(Generic[T]):
         with deferred(), self._reactor.lock:
             seqno = self._seqno
             self._seqno += 1
+            if self._callbacks is None:
+                self._callbacks = deque()
             self._callbacks.append((seqno, fn, args, kwargs))
             done = self._outcome is not None
         if done:
@@ -163,7 +166,7 @@ class Future(Generic[T]):
             flight = self._reactor.running.get(self)
             state = "running" if self._outcome is None else "done"
             pid = None if flight is None else flight.pid
-            return f"Future({state}, callbacks={len(self._callbacks)}, pid={pid})"
+            return f"Future({state}, callbacks={len(self._callbacks or ())}, pid={pid})"
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a Future cannot be copied")
