@@ -1,112 +1,149 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""Looking again before going to sleep: who does, and how soon who does it in vain leaves it."""
+"""Looking again before going to sleep: who does, and when it is left."""
 
 from __future__ import annotations
 
 import threading
+from itertools import count
 from typing import Optional
 
-from jobserver._spin import _MANY, _MOST, Spin
+import pytest
+
+from jobserver import _spin
+from jobserver._spin import _FEW, _KEPT, _LASTS, _MANY, _PAID, _SHORT, Spin
 
 
-class Look:
-    """Finds something from the ``nth`` time on; never if that is None."""
+class Clock:
+    """Time, and others who use the processor; both as the test says."""
 
-    def __init__(self, nth: Optional[int] = None) -> None:
-        self.nth = nth
-        self.count = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.kept = 1e-6  # for so long others run when the processor is yielded
+        monkeypatch.setattr(_spin, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(_spin, "sched_yield", lambda: self.spend(self.kept))
 
-    def __call__(self) -> Optional[str]:
-        self.count += 1
-        return "found" if self.nth is not None and self.count >= self.nth else None
-
-
-def passes(spin: Spin) -> int:
-    """Return how many waits go by before one of them looks; that one finds something at once."""
-    count = 0
-    look = Look(1)
-    while spin.until(look) is None:
-        count += 1
-        assert count <= _MANY
-    assert look.count == 1
-    return count
+    def spend(self, seconds: float) -> None:
+        """Let some time go by."""
+        self.now += seconds
 
 
-def in_vain(spin: Spin) -> None:
-    """Have the next wait that spins at all be in vain."""
-    look = Look()
-    for _ in range(_MANY + 1):
-        assert spin.until(look) is None
-        if look.count:
-            return
-    raise AssertionError("no wait spins any more")
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that stands still but for what the test lets happen."""
+    return Clock(monkeypatch)
 
 
-def test_what_is_there_is_found_by_one_look() -> None:
+class Wait:
+    """One wait, for something that comes at some time from now."""
+
+    def __init__(self, spin: Spin, clock: Clock, seconds: float) -> None:
+        self.looks = 0
+        self.slept = False
+        self._clock = clock
+        self._at = clock.now + seconds
+        assert spin.wait(self._look, self._sleep) == "it"
+
+    def _look(self) -> Optional[str]:
+        self.looks += 1
+        return "it" if self._clock.now >= self._at else None
+
+    def _sleep(self) -> str:
+        self.slept = True
+        self._clock.now = max(self._clock.now, self._at)
+        return "it"
+
+
+def waits_without_a_look(spin: Spin, clock: Clock) -> int:
+    """How many short waits go by before one of them spins."""
+    for left in count():
+        if Wait(spin, clock, 0).looks:
+            return left
+        assert left <= _MANY + 1
+    raise AssertionError
+
+
+def test_what_is_there_is_found_by_one_look(clock: Clock) -> None:
     """Who spins looks before anything else, and no more once it has found something."""
-    look = Look(1)
+    wait = Wait(Spin(), clock, 0)
 
-    assert Spin().until(look) == "found"
-    assert look.count == 1
+    assert (wait.looks, wait.slept) == (1, False)
 
 
-def test_what_comes_a_little_later_is_found() -> None:
-    """Who spins looks again when there is nothing; some spinning in a row gets to a third look."""
+def test_what_comes_soon_is_found_without_sleep(clock: Clock) -> None:
+    """Who spins goes on looking for as long as it is said to."""
+    wait = Wait(Spin(), clock, _LASTS * 0.9)
+
+    assert wait.looks > 10
+    assert not wait.slept
+
+
+def test_what_does_not_come_soon_is_slept_for(clock: Clock) -> None:
+    """Who has spun in vain sleeps; if it was not in vain by much, it spins the next time, too."""
     spin = Spin()
-    for _ in range(100):
-        look = Look(3)
-        if spin.until(look) == "found":
-            assert look.count == 3
-            return
-        passes(spin)
-    raise AssertionError("not even two looks were made in a hundred times")
+    for _ in range(3):
+        wait = Wait(spin, clock, (_LASTS + _SHORT) / 2)
+        assert wait.looks
+        assert wait.slept
 
 
-def test_spinning_in_vain_is_left_for_ever_longer() -> None:
-    """After each spinning in vain at least twice as many waits are left alone, up to a bound."""
+def test_long_waits_are_slept_from_the_second_on(clock: Clock) -> None:
+    """After a long wait nobody spins until a wait was short."""
     spin = Spin()
-    for vain in range(20):
-        in_vain(spin)
-        left = spin._left
-
-        # It was others who kept the processor, or else one more time in vain.
-        assert left == _MANY or left >= min(2 ** (vain + 1) - 1, _MOST)
-        if left == _MANY:
-            return  # nothing was counted then
-    assert spin._left == _MOST
+    assert Wait(spin, clock, _SHORT * 2).looks
+    for _ in range(3):
+        assert not Wait(spin, clock, _SHORT * 2).looks
+    assert not Wait(spin, clock, _SHORT / 2).looks
+    assert Wait(spin, clock, _SHORT / 2).looks
 
 
-def test_success_brings_spinning_back() -> None:
-    """Each time that something was found halves how many waits a failure has left alone."""
+def test_a_busy_machine_is_left_alone(clock: Clock) -> None:
+    """Where others keep the processor, many waits sleep at once before one spins again."""
     spin = Spin()
-    spin._penalty = _MOST
-    for _ in range(_MOST.bit_length()):
-        assert passes(spin) == 0
+    clock.kept = _KEPT * 2
+    assert Wait(spin, clock, _SHORT).looks == 1
 
-    assert spin._penalty == 0
+    clock.kept = 0
+    assert waits_without_a_look(spin, clock) >= _MANY
 
 
-def test_left_alone_waits_do_not_look() -> None:
-    """A wait that is left alone calls nothing, and the one after the last of them spins again."""
+def test_a_machine_on_which_spinning_pays_is_not(clock: Clock) -> None:
+    """Where spinning was of use many times, a single interruption does not count for much."""
     spin = Spin()
-    in_vain(spin)
-    left = spin._left
+    for _ in range(_PAID):
+        assert not Wait(spin, clock, _LASTS / 2).slept
+    clock.kept = _KEPT * 2
+    assert Wait(spin, clock, _SHORT).looks == 1
 
-    assert passes(spin) == left
+    clock.kept = 0
+    assert _FEW <= waits_without_a_look(spin, clock) < _MANY
 
 
-def test_a_process_with_threads_does_not_spin() -> None:
-    """Where another thread may want the interpreter nobody spins, and that is held against none."""
-    spin, look = Spin(), Look(1)
+def test_a_process_with_threads_does_not_spin(clock: Clock) -> None:
+    """Where another thread may want the interpreter nobody spins."""
+    spin = Spin()
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
     try:
-        assert spin.until(look) is None
-        assert look.count == 0
+        wait = Wait(spin, clock, 0)
+        assert (wait.looks, wait.slept) == (0, True)
     finally:
         end.set()
         thread.join()
 
-    assert spin.until(look) == "found"
+    assert Wait(spin, clock, 0).looks == 1
+
+
+def test_failure_to_sleep_comes_through(clock: Clock) -> None:
+    """What waiting raises is raised, and the next wait is as if it had not been."""
+
+    def refuse() -> str:
+        raise BlockingIOError
+
+    spin = Spin()
+    clock.kept = _LASTS
+    with pytest.raises(BlockingIOError):
+        spin.wait(lambda: None, refuse)
+
+    assert Wait(spin, clock, 0).looks == 1

@@ -184,11 +184,9 @@ class Reactor(Books):
         return not events
 
     def _poll(self, poller: select.epoll, pause: Optional[float]) -> list[tuple[int, int]]:
-        if pause is None or pause >= _HURRY:
-            found = self._spin.until(lambda: poller.poll(0))
-            if found is not None:
-                return found
-        return poller.poll(pause)
+        if pause is not None and pause < _HURRY:
+            return poller.poll(pause)
+        return self._spin.wait(lambda: poller.poll(0), lambda: poller.poll(pause))
 
     def _handle(self, events: Sequence[tuple[int, int]], *, leader: bool = False) -> bool:
         settled = False

@@ -106,11 +106,8 @@ class Next:
 
     def _hear(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """Wait for the first part of a job."""
-        found = self._spin.until(lambda: _read_at_once(sock))
-        if found is not None:
-            return found
         try:
-            return _read_once(sock, _SIZE)
+            return self._spin.wait(lambda: _read_at_once(sock), lambda: _read_once(sock, _SIZE))
         except BlockingIOError:
             # It has been long. From here on nobody can send us anything; what was sent before is
             # still to be heard, and the last job then.
