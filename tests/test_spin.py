@@ -4,14 +4,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from itertools import count
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
+from helpers import PATIENCE
 
-from jobserver import _spin
-from jobserver._spin import _FEW, _KEPT, _LASTS, _MANY, _PAID, _SHORT, Spin
+from jobserver import Jobserver, _spin
+from jobserver._spin import _FEW, _KEPT, _LASTS, _LOOKS, _MANY, _PAID, _SHORT, Spin
+
+waited: list[int] = []
+
+
+def who_has_waited() -> list[int]:
+    """The processes that have waited, as far as this one knows."""
+    return waited
 
 
 class Clock:
@@ -87,6 +96,15 @@ def test_what_does_not_come_soon_is_slept_for(clock: Clock) -> None:
         assert wait.slept
 
 
+def test_a_clock_that_stands_still_ends_spinning(clock: Clock) -> None:
+    """Where a program has frozen its clock, as tests do, looking ends all the same."""
+    clock.kept = 0
+    wait = Wait(Spin(), clock, _SHORT)
+
+    assert wait.looks <= _LOOKS
+    assert wait.slept
+
+
 def test_long_waits_are_slept_from_the_second_on(clock: Clock) -> None:
     """After a long wait nobody spins until a wait was short."""
     spin = Spin()
@@ -139,11 +157,27 @@ def test_failure_to_sleep_comes_through(clock: Clock) -> None:
     """What waiting raises is raised, and the next wait is as if it had not been."""
 
     def refuse() -> str:
+        clock.spend(_SHORT * 2)
         raise BlockingIOError
 
     spin = Spin()
-    clock.kept = _LASTS
     with pytest.raises(BlockingIOError):
         spin.wait(lambda: None, refuse)
 
     assert Wait(spin, clock, 0).looks == 1
+
+
+def test_submitters_and_workers_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an answer, and a worker that waits for its next job, spins."""
+    wait = Spin.wait
+
+    def noting(spin: Spin, look: Any, sleep: Any) -> Any:
+        waited.append(os.getpid())
+        return wait(spin, look, sleep)
+
+    waited.clear()
+    monkeypatch.setattr(Spin, "wait", noting)
+    with Jobserver("fork", 1, max_tasks_per_child=None) as js:
+        worker = js.submit(os.getpid).result(PATIENCE)
+        assert worker in js.submit(who_has_waited).result(PATIENCE)
+    assert os.getpid() in waited

@@ -14,7 +14,8 @@ Guarantees:
   it for long there is more to do than there are processors, and who yields is served after all
   others, where one who sleeps would be served soon. Unless spinning had paid for that many times
   over, so many waits are left alone then that it hardly happens.
-* Only a process with a single thread spins: others would want the interpreter.
+* Only a process with a single thread that Python knows of spins: others would want the interpreter.
+* It ends by the number of looks as well, as a program's tests may have frozen the clock.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # In seconds: how long to spin, and after waits of which length.
 _LASTS = 100e-6
 _SHORT = 250e-6
+_LOOKS = 256  # several times as many as there is time for
 # When others have kept the processor for long: the scheduler's slices take some milliseconds, and
 # another worker's short job much less than one.
 _KEPT = 1e-3
@@ -61,7 +63,7 @@ class Spin:
         Returns:
             What the one or the other has returned.
         """
-        if self._left:
+        if self._left > 0:  # it may be less: a signal handler that waits may come in between here
             self._left -= 1
             return sleep()
         begin = perf_counter()
@@ -75,7 +77,7 @@ class Spin:
 
     def _spin(self, look: Callable[[], Optional[T]], now: float) -> Optional[T]:
         end = now + _LASTS
-        while now < end:
+        for _ in range(_LOOKS):
             found = look()
             if found:
                 self._useful += 1
@@ -86,4 +88,6 @@ class Spin:
             if now - before > _KEPT:
                 self._left = _MANY if self._useful < _PAID else _FEW
                 self._useful = 0
+            if now >= end:
+                break
         return None
