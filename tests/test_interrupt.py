@@ -348,6 +348,53 @@ def test_storm_of_interrupts_on_executors(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("0 2\n", "")
 
 
+WAITS = """
+import random, signal, sys
+from jobserver import JobserverExecutor
+from helpers import PATIENCE, Gate
+
+class Interrupted(BaseException):
+    pass
+
+def interrupt(signum, frame):
+    global armed
+    if armed:
+        armed = False
+        raise Interrupted
+
+if __name__ == "__main__":
+    gate = Gate(sys.argv[1])
+    random.seed(0)
+    signal.signal(signal.SIGALRM, interrupt)
+    with JobserverExecutor(1, "fork") as executor:
+        future = executor.submit(gate.enter)
+        for number in range(2000):
+            wait = future.exception if number % 2 else future.result
+            armed = True
+            try:
+                # Again and again, as CPython does not hear a signal just before a blocking call.
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 6e-5), 1e-2)
+                wait()
+            except Interrupted:
+                pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        gate.open()
+        assert [future.result(PATIENCE)] == gate.entered()
+    print("done")
+"""
+
+
+@pytest.mark.contract("E5")
+def test_interrupts_come_out_of_waiting_as_they_are(tmp_path: Path, gate: Gate) -> None:
+    """What a handler raises while a future is waited for comes through, and nothing else."""
+    script = tmp_path / "program.py"
+    script.write_text(WAITS)
+
+    done = run_program([str(script), gate.directory])
+
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
 @pytest.mark.slow
 @pytest.mark.contract("E5", "S18")
 @pytest.mark.parametrize("seed", range(1, 3))

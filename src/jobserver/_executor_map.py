@@ -31,6 +31,7 @@ from ._batches import Batches
 from ._casualty import WorkerDied, of_end
 from ._engine import Engine
 from ._promise import Promise
+from ._sleeper import Sleeper
 
 
 class _Ending:
@@ -66,7 +67,7 @@ class ExecutorMap:
         self._lazy = lazy
         self._slots = engine.jobserver._shared.slots.slots
         self._lock = threading.Lock()
-        self._changed = threading.Event()
+        self._changed = Sleeper(None, seeks=False)
         self._open: dict[Promise[Any], Batch] = {}
         self._cut = 0  # batches that are queued or running, or about to be
         self._over: Optional[BaseException] = None  # why no more is submitted
@@ -126,7 +127,7 @@ class ExecutorMap:
         self._over = self._over or error
         self._batches.fail(batch, _Ending(None, error))
         self._batches.give_up(_Ending(None, self._over))
-        self._changed.set()
+        self._changed.wake()
 
     def _on_done(self, promise: StdFuture[Any]) -> None:
         cancelled = promise.cancelled()
@@ -141,7 +142,7 @@ class ExecutorMap:
                 self._batches.settle(batch, _Ending(value, error))
                 if self._over is not None:
                     self._batches.give_up(_Ending(None, self._over))
-            self._changed.set()
+            self._changed.wake()
         with contextlib.suppress(Exception):  # the batch that it befell has it
             self.feed(read=self._lazy is None)
 
@@ -184,14 +185,13 @@ class ExecutorMap:
             patient = self._engine.awaiting(head.future or self)
         with patient:
             while True:
-                self._changed.clear()
                 with self._locked():
                     if head.look():
                         return
                 pause = LOOK if end is None else min(LOOK, end - time.monotonic())
                 if pause <= 0:
                     raise LateError
-                if self._changed.wait(pause):
+                if not self._changed.sleep(pause):
                     return
                 self.feed(read=False)
 

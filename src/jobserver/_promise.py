@@ -8,6 +8,9 @@ Guarantees:
 * Whoever takes a promise out of what is pending, and nobody else, tells its waiters what is next.
 * A cancelled promise is forgotten at once: its waiters are told, its arguments are let go.
 * A promise that is done refers to its result alone.
+* What a signal handler raises while a promise is waited for comes through, and nothing else. (The
+  standard library's wait may raise RuntimeError then: Ctrl-C comes between two bytecodes, and finds
+  the lock of its condition released but not yet noted as such.)
 """
 
 from __future__ import annotations
@@ -15,17 +18,26 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from concurrent.futures import CancelledError, TimeoutError  # noqa: A004  # its own until 3.11
 from concurrent.futures import Future as StdFuture
-from concurrent.futures._base import CANCELLED, PENDING, RUNNING
+from concurrent.futures._base import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+)
 from typing import TYPE_CHECKING, Any, ContextManager, Optional, TypeVar
 
-from ._signals import deferred
+from ._signals import deferred, lifted
 
 if TYPE_CHECKING:
     from ._engine import Engine
     from ._future import Future
 
 T = TypeVar("T")
+
+_OVER = (FINISHED, CANCELLED, CANCELLED_AND_NOTIFIED)
 
 
 class Promise(StdFuture[T]):
@@ -115,19 +127,54 @@ class Promise(StdFuture[T]):
     def result(self, timeout: Optional[float] = None) -> T:
         """Return what the call returned, or raise what it raised; TimeoutError if not in time."""
         try:
-            with self._patience(timeout):
-                return super().result(timeout)
+            error = self._settled(timeout)
+            if error is not None:
+                raise error
+            private: Any = self
+            value: T = private._result
+            return value
         finally:
-            del self  # else the exception, its traceback, this frame and the promise are a cycle
+            # Else the exception, its traceback, this frame and the promise are a cycle.
+            error = None
+            del self
 
     def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
         """Return what the call raised, None for nothing; TimeoutError if not in time."""
-        with self._patience(timeout):
-            return super().exception(timeout)
+        return self._settled(timeout)
+
+    def _settled(self, timeout: Optional[float]) -> Optional[BaseException]:
+        """Wait for the end of the call; return what it raised."""
+        if self._state not in _OVER:
+            with self._patience(timeout):
+                self._await(timeout)
+        # Both final from here on, so no lock is needed to read them.
+        if self._state == FINISHED:
+            return self._exception
+        raise CancelledError if self._state in _OVER else TimeoutError
+
+    def _await(self, timeout: Optional[float]) -> None:
+        """Wait as one of those whom the condition notifies, with signals let through meanwhile."""
+        told = threading.Lock()
+        told.acquire()
+        private: Any = self._condition
+        with deferred():
+            with self._condition:
+                if self._state in _OVER:
+                    return
+                private._waiters.append(told)
+            try:
+                with lifted():
+                    if timeout is None:
+                        told.acquire()
+                    elif timeout > 0:
+                        told.acquire(timeout=timeout)
+            finally:
+                with self._condition, contextlib.suppress(ValueError):
+                    private._waiters.remove(told)
 
     def _patience(self, timeout: Optional[float]) -> ContextManager[Any]:
         engine = self.engine
-        if engine is None or self.done():
+        if engine is None:
             return contextlib.nullcontext()
         engine.refuse_foreign()
         return contextlib.nullcontext() if timeout is not None else engine.awaiting(self)

@@ -134,7 +134,7 @@ class Reactor(Books):
                     if leading:
                         self._leading = me
                     elif sleeper is None:
-                        sleeper = Sleeper(target, bool(arm))
+                        sleeper = Sleeper(target, seeks=bool(arm))
                         self._followers[sleeper] = None
                 poller = self.poller.get()
                 if leading or sleeper is None:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
-"""One thread's waiting: until when, and how it is woken while another thread polls."""
+"""
+One thread's waiting: until when, and how it is woken while another thread polls.
+
+On a lock of its own: neither `threading.Event` nor `Condition` stands a signal handler that raises.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Optional
 
 
@@ -14,7 +19,7 @@ class Sleeper:
 
     __slots__ = ("_lock", "seeks", "target")
 
-    def __init__(self, target: Optional[object], seeks: bool) -> None:
+    def __init__(self, target: Optional[object], *, seeks: bool) -> None:
         self.target = target
         self.seeks = seeks
         self._lock = threading.Lock()
@@ -27,7 +32,8 @@ class Sleeper:
     def wake(self) -> None:
         """Wake the thread, now or when it next sleeps."""
         if self._lock.locked():
-            self._lock.release()
+            with suppress(RuntimeError):  # another thread has just woken it
+                self._lock.release()
 
 
 def pause_until(deadline: Optional[float], tick: Optional[float]) -> Optional[float]:
