@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from concurrent.futures import CancelledError, TimeoutError  # noqa: A004  # its own until 3.11
+from concurrent.futures import CancelledError
 from concurrent.futures import Future as StdFuture
+from concurrent.futures import TimeoutError as LateError
 from concurrent.futures._base import (
     CANCELLED,
     CANCELLED_AND_NOTIFIED,
@@ -150,7 +151,7 @@ class Promise(StdFuture[T]):
         # Both final from here on, so no lock is needed to read them.
         if self._state == FINISHED:
             return self._exception
-        raise CancelledError if self._state in _OVER else TimeoutError
+        raise CancelledError if self._state in _OVER else LateError
 
     def _await(self, timeout: Optional[float]) -> None:
         """Wait as one of those whom the condition notifies, with signals let through meanwhile."""
