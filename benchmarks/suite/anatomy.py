@@ -57,6 +57,7 @@ class Kind(NamedTuple):
 KINDS = [
     Kind("floor-fork", 100, 600),
     Kind("floor-job", 100, 600),
+    Kind("floor-promises", 100, 600),
     Kind("ours-fork", 100, 600),
     Kind("process-fork", 100, 600),
     Kind("ours-fork", 100, 600, together=True),

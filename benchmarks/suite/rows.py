@@ -109,7 +109,7 @@ def _noop() -> Group:
         " loky-map-100 mpire-map-100 pebble-map-100 joblib",
         once=False,
     )
-    group.add("crowd", "floor-fork floor-job floor-zygote floor-pipes")
+    group.add("crowd", "floor-fork floor-job floor-promises floor-zygote floor-pipes")
     return group
 
 
@@ -148,7 +148,7 @@ def _parent() -> Group:
         RATES,
         rounds=5,
     )
-    names = f"{FRESH} ours-warm-fork ours-warm-forkserver floor-fork floor-job"
+    names = f"{FRESH} ours-warm-fork ours-warm-forkserver floor-fork floor-promises"
     group.add("crowd", names, "as it is")
     for megabytes, setting in ((256, "256 MB"), (1024, "1 GB")):
         group.add("crowd", names, setting, megabytes=megabytes)

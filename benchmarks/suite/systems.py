@@ -93,8 +93,14 @@ SYSTEMS: dict[str, System] = {
     "floor-job": System(
         "limit: `os.fork`, a pickled result in a pipe", "stdlib", "case_floor.py", "job"
     ),
+    "floor-promises": System(
+        "limit: the same, with a slot, a death and signals as promised",
+        "stdlib",
+        "case_promises.py",
+        "promises",
+    ),
     "floor-zygote": System(
-        "limit: the same, by a zygote that gets the call", "stdlib", "case_floor.py", "zygote"
+        "limit: a fork by a zygote that gets the call", "stdlib", "case_floor.py", "zygote"
     ),
     "floor-pipes": System(
         "limit: warm processes, one byte each way", "stdlib", "case_floor.py", "pipes"

@@ -54,8 +54,8 @@ def _split(where: str) -> tuple[str, str]:
 def _fresh(place: str, row: str) -> list[Target]:
     """Return what fresh processes are to reach, wherever they are launched from."""
     pairs = [
-        ("fork", "peer-fork", "PyPI's jobserver", 2.0, "floor-job"),
-        ("fork", "pool-fresh-fork", "`Pool(maxtasksperchild=1)`", 2.0, "floor-job"),
+        ("fork", "peer-fork", "PyPI's jobserver", 2.0, "floor-promises"),
+        ("fork", "pool-fresh-fork", "`Pool(maxtasksperchild=1)`", 2.0, "floor-promises"),
         ("forkserver", "peer-forkserver", "PyPI's jobserver", 30.0, "floor-zygote"),
         ("forkserver", "process-forkserver", "`multiprocessing.Process`", 5.0, "floor-zygote"),
     ]
