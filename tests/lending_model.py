@@ -42,25 +42,31 @@ ALL = -2  # a process that waits for all its children, at its end
 RULES = {
     "take a free token": ("_admission.Admission.take", "lease = crew.try_take()"),
     "lend if there is none, in map, too": (
-        "_admission.Admission.take",
+        "_admission.Admission._wait_to_take",
         "if lease is None and lends: lease = own.lend_to_child()",
     ),
     "never before a deadline": (
-        "_admission.Admission.take",
+        "_admission.Admission._wait_to_take",
         "lends = deadline is None and own.attach(slots)",
     ),
-    "or leave it for the first result": ("_admission.Admission.take", "until._outcome is not None"),
+    "or leave it for the first result": (
+        "_admission.Admission._wait_to_take",
+        "until._outcome is not None",
+    ),
     "lend in a berth of its own": ("_slots._lease.Lease.relocated", "self.section.relocate("),
     "ring if there is nothing to lend": (
-        "_admission.Admission.take",
+        "_admission.Admission._wait_to_take",
         "return not own.consumes or not reactor.lends_below() or own.heard()",
     ),
-    "hush when it is over": ("_admission.Admission.take", "bell.hush()"),
+    "hush when it is over": ("_admission.Admission._wait_to_take", "bell.hush()"),
     "ring the nearest job with a slot": (
         "_slots._own.OwnSlot.bell_for_child",
         "if not self.consumes: return self._outer_bell",
     ),
-    "sweep while waiting for a token": ("_admission.Admission.take", "on_tick=slots.sweep"),
+    "sweep while waiting for a token": (
+        "_admission.Admission._wait_to_take",
+        "on_tick=slots.sweep",
+    ),
     "hold a slot before submit returns": ("_shared.Shared.start", "self.admission.regain()"),
     "regain from the pool": ("_admission.Admission.regain", "own.lease = slots.try_take()"),
     "sweep while regaining": ("_admission.Admission.regain", "on_tick=slots.sweep"),
@@ -87,7 +93,7 @@ RULES = {
     ),
     "wait for all at the end": ("_ending.finish_jobs", "wait_for_all()"),
     "return a slot that is not the first": ("_slots._own.OwnSlot.returned", "lease.release()"),
-    "answer last": ("_worker._main.Worker._answer", "send(self._channel, pieces)"),
+    "answer last": ("_worker._main._end", "send_frame(channel, kind, text, payload"),
 }
 
 

@@ -28,6 +28,7 @@ from helpers import (
 
 from jobserver import Blocked, Jobserver, _callbacks
 from jobserver._admission import Admission
+from jobserver._launch import _hand_over, _remote
 from jobserver._reactor import Reactor
 from jobserver._signals import deferred
 from jobserver._slots._pool import SlotPool
@@ -141,8 +142,7 @@ def test_handing_over_interrupted_at_its_end(
     """When handing a job over is interrupted, a worker that has heard all of it is ended."""
     with Jobserver(method, 1, max_tasks_per_child=None) as js:
         js.submit(nothing).wait(PATIENCE)
-        launcher = type(js._shared.launcher)
-        with interrupted_after(monkeypatch, launcher, "hand_over"):
+        with interrupted_after(monkeypatch, _hand_over, "send_job"):
             js.submit(gate.enter)
 
         worker = js.submit(pid, timeout=0).result(PATIENCE)
@@ -159,7 +159,7 @@ def test_delivery_interrupted_at_its_start(method: str, monkeypatch: pytest.Monk
         js.submit(nothing).wait(PATIENCE)
         gc.collect()
         before = steady_fds(js)
-        with interrupted_after(monkeypatch, os, "dup"):
+        with interrupted_after(monkeypatch, _remote, "_tracker_fd"):
             js.submit(nothing)
 
         assert steady_fds(js) == before
@@ -254,14 +254,14 @@ def test_event_that_was_seen_and_not_heeded() -> None:
     fifo = new_fifo(1)
     os.write(fifo, b"!")
     poller: Any = _Poller(reactor.poller.get())
-    reactor.poller._epoll = poller
+    reactor.poller.epoll = poller
     with pytest.raises(Interrupted):
         reactor.wait(lambda: False, time.monotonic() + PATIENCE, arm=(fifo,))
     tests = iter((False, True))
 
     assert reactor.wait(lambda: next(tests), time.monotonic() + PATIENCE, arm=(fifo,))
 
-    reactor.poller._epoll = poller._epoll
+    reactor.poller.epoll = poller._epoll
     reactor.disarm(fifo)
     os.close(fifo)
 

@@ -216,6 +216,22 @@ def test_inputs_are_collected_now(method: str) -> None:
         assert list(results) == [1, 2, 3]
 
 
+@pytest.mark.contract("M7", "N1")
+@pytest.mark.parametrize("tasks", [1, None])
+def test_lazy_inputs_are_read_without_a_slot_in_hand(tasks: int | None) -> None:
+    """While the inputs, code of the user's, give the next ones, ended jobs' slots are free."""
+    in_hand: list[int] = []
+
+    def source() -> Iterator[tuple[int]]:
+        for number in range(100):
+            in_hand.append(len(js._shared.reactor.crew.loaded))
+            yield (number,)
+
+    with Jobserver("fork", 2, max_tasks_per_child=tasks) as js:
+        assert list(js.map(identity, source(), buffersize=4, chunksize=2)) == [*range(100)]
+    assert in_hand == [0] * 100
+
+
 @pytest.mark.contract("M7")
 @pytest.mark.parametrize(("buffersize", "chunksize"), [(1, 1), (3, 1), (2, 3)])
 def test_lazy_inputs(buffersize: int, chunksize: int) -> None:

@@ -70,7 +70,7 @@ def in_child(action: Callable[[], Any]) -> int:
 def worker_on(lease: Lease) -> int:
     """A process that shares a lease, and stays; its fork hooks have run."""
     reader, writer = os.pipe()
-    pid = _forking.fork(frozenset({lease.fileno()}))
+    pid = _forking.fork((lease.fileno(),))
     if not pid:
         try:
             signal.alarm(60)
@@ -197,7 +197,7 @@ def test_swept_while_it_is_lent_where_it_lies(
 def test_reclaim(pool: SlotPool) -> None:
     """A dead worker's token is its submitter's while it lies where it was, and only then."""
     lease = take(pool)
-    theirs = pool.adopt(os.dup(lease.fileno()), pool.section_of(lease), lease.berth)
+    theirs = pool.adopt(os.dup(lease.fileno()), *lease.place)
     assert lease.reclaim()
     moved = lent(theirs)
 

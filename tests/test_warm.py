@@ -475,8 +475,8 @@ def test_answer_before_the_job_is_tracked(method: str, monkeypatch: pytest.Monke
         reactor, launcher = js._shared.reactor, type(js._shared.launcher)
         hand_over = launcher.hand_over
 
-        def slowly(self: Any, prepared: Any, seat: Any, worker: Any, **options: Any) -> bool:
-            done = hand_over(self, prepared, seat, worker, **options)
+        def slowly(self: Any, prepared: Any, lease: Any, bell: int, worker: Any) -> bool:
+            done = hand_over(self, prepared, lease, bell, worker)
             poller = select.poll()
             poller.register(worker.channel, select.POLLIN)
             events = poller.poll(PATIENCE * 1000)
@@ -497,8 +497,8 @@ def test_slot_of_an_early_answer_is_free(method: str, monkeypatch: pytest.Monkey
         launcher = js._shared.launcher
         hand_over = launcher.hand_over
 
-        def answered(prepared: Any, seat: Any, worker: Any, *, fresh: bool) -> bool:
-            done = hand_over(prepared, seat, worker, fresh=fresh)
+        def answered(prepared: Any, lease: Any, bell: int, worker: Any) -> bool:
+            done = hand_over(prepared, lease, bell, worker)
             assert select.select([worker.channel], [], [], PATIENCE)[0]
             js.reclaim_resources()
             return done

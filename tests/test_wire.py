@@ -299,7 +299,7 @@ def test_jobs_with_lent_arguments(
         status = 1
         try:
             for value in frames:
-                frame, fds = receive_job(theirs, b"", [], FrameReader())
+                frame, fds = receive_job(theirs, b"", [])
                 assert frame.load() == value
                 assert fds == []
             ours.close()

@@ -104,6 +104,37 @@ print(json.dumps(found[0][0]))
 
 
 @pytest.mark.contract("J2")
+@pytest.mark.parametrize("daemon", [True, False])
+def test_main_that_starts_a_process(tmp_path: Path, daemon: bool) -> None:
+    """A process that importing main has started is neither waited for nor ended by the zygote."""
+    started = said(
+        tmp_path,
+        """
+js = Jobserver("forkserver", 2)
+found = js.submit(helper_state).result(60)
+released.set()
+os.kill(found[0], signal.SIGKILL)
+print(json.dumps(found))
+""",
+        f"""\
+import multiprocessing
+from helpers import process_state
+context = multiprocessing.get_context("fork")
+released = context.Event()
+
+def helper_state():
+    import __mp_main__ as main
+    return [main.helper.pid, process_state(main.helper.pid)]
+
+helper = context.Process(target=released.wait, args=(600,), daemon={daemon})
+helper.start()
+""",
+    )
+
+    assert started[1] in ("S", "R", "D")
+
+
+@pytest.mark.contract("J2")
 def test_main_that_leaves_a_thread(tmp_path: Path) -> None:
     """If the main module starts a thread it is imported in each job, as no fork is safe there."""
     log = tmp_path / "log"
@@ -305,6 +336,25 @@ def kill_zygote(js):
 
 
 @pytest.mark.contract("S18")
+def test_exit_statuses_are_not_hoarded(tmp_path: Path) -> None:
+    """Of jobs that end with a status other than 0, nothing is left in the program."""
+    assert said(
+        tmp_path,
+        """
+from jobserver._launch._zygote import client
+js = Jobserver("forkserver", 2)
+for future in [js.submit(sys.exit, args=(3,)) for _ in range(20)]:
+    future.wait()
+for _ in range(2):
+    js.submit(os.getpid).result()
+with js:
+    pass
+print(json.dumps([len(client()._awaited), len(client()._exits)]))
+""",
+    ) == [0, 0]
+
+
+@pytest.mark.contract("S18")
 def test_zygote_without_descriptors(tmp_path: Path) -> None:
     """A zygote that has no descriptor left refuses with OSError, and works on when it has some."""
     found = said(
@@ -397,3 +447,26 @@ def test_zygote_reaps_its_workers(gate: Gate) -> None:
         good.result(PATIENCE)
         wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "reaping")
         assert not has_ended(zygote)
+
+
+@pytest.mark.contract("J2", "S2")
+def test_killed_tracker_is_replaced_before_a_job(tmp_path: Path) -> None:
+    """A job gets a resource tracker that lives: its own would unlink what it returns."""
+    path = program(
+        tmp_path,
+        """
+js = Jobserver("forkserver", 1)
+js.submit(tracker_pipe).result()
+old = resource_tracker._resource_tracker._pid
+os.kill(old, signal.SIGKILL)
+await_end(old)
+print(js.submit(tracker_pipe).result() == tracker_pipe())
+""",
+        """\
+from multiprocessing import resource_tracker
+from helpers import await_end
+from jobs_shared import tracker_pipe
+""",
+    )
+    done = run_program(["-W", "ignore", path])
+    assert done.stdout == "True\n", done.stderr

@@ -47,10 +47,18 @@ class Admission:
     def __init__(self, reactor: Reactor) -> None:
         self.reactor = reactor
 
-    def reap(self, *, keep: bool = False) -> None:
+    def reap(self) -> None:
         """Take note of what has ended, and issue its callbacks."""
         reactor = self.reactor
-        reactor.reap(keep=keep)
+        reactor.reap()
+        if reactor.ready:
+            issue_due(reactor)
+
+    def reap_keeping(self) -> None:
+        """Do so for who is about to take a token, and has signals wait."""
+        reactor = self.reactor
+        if reactor.poller.watched:
+            reactor.look()
         if reactor.ready:
             issue_due(reactor)
 
@@ -106,9 +114,26 @@ class Admission:
             Blocked: There was none in time.
             CallbackRaised: A callback failed meanwhile; nothing is taken.
         """
-        self._take_free(taken, until)
-        if taken:
-            return
+        reactor = self.reactor
+        crew = reactor.crew
+        with reactor.lock:
+            if not (reactor.closed or reactor.ready or (until is not None and until._outcome)):
+                lease = crew.try_take()
+                if lease is not None:
+                    taken.append(lease)
+            if crew.loaded:
+                crew.unload()
+        if not taken:
+            self._wait_to_take(taken, deadline, until, early, tick)
+
+    def _wait_to_take(
+        self,
+        taken: list[Lease],
+        deadline: Optional[float],
+        until: Optional[Future[Any]],
+        early: Optional[Callable[[], bool]],
+        tick: float,
+    ) -> None:
         reactor, slots = self.reactor, self.reactor.slots
         own = current_slot(slots)
         crew = reactor.crew
@@ -163,18 +188,6 @@ class Admission:
                 looked = False
         finally:
             bell.hush()
-
-    def _take_free(self, taken: list[Lease], until: Optional[Future[Any]]) -> None:
-        """Take a slot that is free at this instant, unless something else comes first."""
-        reactor = self.reactor
-        crew = reactor.crew
-        with reactor.lock:
-            if not (reactor.closed or reactor.ready or (until is not None and until._outcome)):
-                lease = crew.try_take()
-                if lease is not None:
-                    taken.append(lease)
-            if crew.loaded:
-                crew.unload()
 
     def give_all_back(self, taken: list[Lease], *, unheard: bool = False) -> None:
         """Return what is still there of what ``take`` has put there."""

@@ -69,6 +69,11 @@ class Batches:
         return self._size != 1
 
     @property
+    def at_hand(self) -> bool:
+        """Whether the next batch is there without code of the user's."""
+        return bool(self._waiting) or self._inputs.at_hand
+
+    @property
     def head(self) -> Optional[Batch]:
         """The batch whose results come next."""
         return self.order[0] if self.order else None

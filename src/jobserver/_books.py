@@ -20,15 +20,15 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Optional
 
 from ._crew import Crew
-from ._flight import Flight, Started
+from ._flight import Flight
 from ._outcome import Outcome
 from ._poller import Poller
 from ._signals import deferred
 from ._sleeper import Sleeper
+from ._slots import _own
 from ._slots._lease import Lease
-from ._slots._own import own_slot
 from ._slots._pool import SlotPool
-from ._wire import RETURNED
+from ._wire import RETURNED, STAYS, Frame
 
 if TYPE_CHECKING:
     from ._future import Future
@@ -59,19 +59,13 @@ class Books:
         self._leading = 0  # the thread that polls for all; 0 for none
         self._followers: dict[Sleeper, None] = {}
 
-    def add(self, future: Future[Any], started: Started, lease: Optional[Lease]) -> None:
-        """Track a job that has just been started."""
-        flight = Flight(started, lease, self.poller.unwatch, future)
-        with deferred(), self.lock:
-            try:
-                self.poller.watch(flight.channel, flight)
-                if flight.pidfd >= 0:
-                    self.poller.watch(flight.pidfd, flight)
-            except BaseException:
-                if flight.channel in self.poller.watched:
-                    self.poller.unwatch(flight.channel)
-                flight.forget()  # its descriptors are the caller's to close
-                raise
+    def add(self, future: Future[Any], flight: Flight, lease: Optional[Lease]) -> None:
+        """Track a job that has just been started. The caller has signals wait."""
+        with self.lock:
+            self.poller.watch(flight)
+            flight.future, flight.lease = future, lease
+            if flight.sock is not None:
+                flight.known = lease
             self.running[future] = flight
             active.add(self)
 
@@ -92,7 +86,7 @@ class Books:
             flight.future = future
             flight.lease = lease
             self.running[future] = flight
-            if flight.settled:
+            if flight.frame is not None or flight.exited:
                 self._settle(future, flight)
                 self.crew.unload()  # nobody need look here again before code of the user's runs
                 self.wake_seekers()
@@ -134,9 +128,10 @@ class Books:
 
     def unload(self) -> None:
         """Put back the tokens that workers at rest still have."""
-        if self.crew:
+        crew = self.crew
+        if crew.loaded:
             with deferred(), self.lock:
-                self.crew.unload()
+                crew.unload()
 
     def _dissolve(self) -> None:
         for flight in self.crew.dissolve():
@@ -169,16 +164,21 @@ class Books:
         flight.future = None
         del self.running[future]
         lease, flight.lease = flight.lease, None
+        frame, flight.frame = flight.frame, None
         gone = flight.exited or flight.signalled or self.closed or self._dropped
-        if lease is not None:
-            lease = self._slot_back(future, flight, lease)
-        if gone or not (flight.stays and self.crew.rest(flight, lease)):
+        if lease is not None and (frame is None or frame.flags & RETURNED or _own._own.consumes):
+            lease = self._slot_back(future, frame, lease)
+        stays = frame is not None and frame.flags & STAYS and flight.sock is not None
+        if gone or not stays or not self.crew.rest(flight, lease):
             if lease is not None:
                 lease.release()
-            self._dismiss(flight)
-        death = flight.death() if flight.frame is None else None
-        future._outcome = Outcome(flight.frame, death)
-        flight.frame = None
+            if flight.channel >= 0:
+                flight.close_channel()
+            if flight.pidfd >= 0 and not flight.lingers:
+                flight.lingers = True
+                self._lingering += 1
+        death = flight.death() if frame is None else None
+        future._outcome = Outcome(frame, death)
         if future._callbacks:
             self.ready.append(future)
         if future._sink is not None:
@@ -189,10 +189,11 @@ class Books:
             if future._callbacks or target is None or target is future or target is future._sink:
                 sleeper.wake()
 
-    def _slot_back(self, future: Future[Any], flight: Flight, lease: Lease) -> Optional[Lease]:
+    def _slot_back(
+        self, future: Future[Any], frame: Optional[Frame], lease: Lease
+    ) -> Optional[Lease]:
         """Return the lease if its token is there, and nobody here waits for it."""
-        own = own_slot()
-        frame = flight.frame
+        own = _own._own
         mine = lease.reclaim() if frame is None else not frame.flags & RETURNED
         if not mine:
             lease.abandon()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import _socket
 import array
 import contextlib
 import errno
@@ -12,10 +13,11 @@ import select
 import socket
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from . import _forking
 from ._signals import lifted
-from ._wire import IOV_MAX, Buffer, Pieces, write_all
+from ._wire import IOV_MAX, TASK, Buffer, Pieces, brief_frame, write_all
 
 # The kernel takes at most 253 in one message (SCM_MAX_FD).
 MOST = 250
@@ -23,16 +25,21 @@ MOST = 250
 # that outlives it, would keep its slot locked.
 CLOEXEC = socket.MSG_CMSG_CLOEXEC
 _COUNT = struct.Struct("<I")
+_INT = struct.Struct("i")
+# Without the methods in Python, and made in a fifth of the time.
+_plain: Any = _socket.socket
+_AF_UNIX = int(socket.AF_UNIX)
+_NO_FDS = _COUNT.pack(0)
 
 
 def adopt(fd: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a socket object for a Unix socket, whose mode (blocking or not) stays as it is."""
     timeout = socket.getdefaulttimeout()
     if timeout is None:
-        return socket.socket(socket.AF_UNIX, kind, 0, fd)
+        return _plain(_AF_UNIX, kind, 0, fd)  # type: ignore[no-any-return]
     # Set by the user for other sockets than ours; it would make this one non-blocking.
     blocking = os.get_blocking(fd)
-    sock = socket.socket(socket.AF_UNIX, kind, 0, fd)
+    sock: socket.socket = _plain(_AF_UNIX, kind, 0, fd)
     sock.setblocking(blocking)
     return sock
 
@@ -81,6 +88,17 @@ def send_job(sock: socket.socket, fds: Sequence[int], pieces: Pieces) -> None:
         _forking.close_socket(ours)
 
 
+def send_small_job(sock: socket.socket, pickled: bytes) -> None:
+    """Send a job that is a small pickle and nothing else; see ``send_job``."""
+    data = _NO_FDS + brief_frame(TASK, pickled)
+    try:
+        sent = sock.send(data, socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        sent = 0
+    if sent < len(data):
+        send_all(sock, [memoryview(data)[sent:]])
+
+
 def _send_job(sock: socket.socket, fds: Sequence[int], pieces: Sequence[Buffer]) -> None:
     if len(fds) > MOST:
         send_fds(sock, fds)
@@ -127,11 +145,13 @@ def refuse_truncated(flags: int) -> None:
 
 def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     """Return the descriptors in a received message."""
-    found = array.array("i")
+    found: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            found.frombytes(data[: len(data) - len(data) % found.itemsize])
-    return [_forking.lifted(fd) for fd in found]
+            whole = len(data) - len(data) % _INT.size
+            for (fd,) in _INT.iter_unpack(data[:whole]):
+                found.append(fd if fd > 2 else _forking.lifted(fd))
+    return found
 
 
 def send_all(sock: socket.socket, pieces: Sequence[Buffer]) -> None:

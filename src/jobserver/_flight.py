@@ -8,50 +8,17 @@ import contextlib
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from . import _forking
 from ._errors import SubmissionDied
-from ._fds import adopt
-from ._reader import FrameReader
+from ._reader import FIRST_READ, FrameReader
 from ._slots._lease import Lease
-from ._wire import STAYS, Corrupt, Frame
-from ._worker._stay import Stays
+from ._wire import STAYS, Corrupt, Frame, brief
 
 if TYPE_CHECKING:
     from ._future import Future
-
-
-class Started(NamedTuple):
-    """
-    What a launcher returns.
-
-    ``pidfd`` is -1 where the process was reaped by somebody else before it could be opened;
-    ``exit_status`` tells the exit code once the process has ended, None when nobody knows.
-    The rest is about a worker that may be given more jobs: ``told`` is what it knows of this
-    process's surroundings (None for one that ends with its first job), ``stays`` how long it may,
-    ``bell`` the one it was born with, ``first`` what it has run before its first job, ``born`` its
-    number among the forked ones.
-    """
-
-    pid: int
-    pidfd: int
-    channel: int
-    exit_status: Callable[[], Optional[int]]
-    told: Optional[dict[str, Any]] = None
-    stays: Optional[Stays] = None
-    bell: int = -1
-    first: Optional[object] = None
-    born: int = 0
-
-    def kill(self) -> None:
-        """End a worker that nobody will track, and close what belongs to it."""
-        _forking.close(self.channel)
-        if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):  # ended, and reaped by the zygote
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            self.exit_status()
-            os.close(self.pidfd)
+    from ._poller import Poller
 
 
 class Flight:
@@ -60,12 +27,25 @@ class Flight:
 
     The reactor calls ``on_channel`` and ``on_exit`` under its lock; neither blocks. A worker that
     stays is between jobs in the reactor's crew, or in the hand of a thread that gives it a job.
+
+    Args:
+        pid: Its process.
+        pidfd: The same; readable once the process has ended, -1 if other code has reaped it.
+        channel: Non-blocking, carries the answer, and ends when the worker ends.
+        exit_status: Given the pidfd, and whether it is of interest, tells the exit code once the
+            process has ended; None when nobody knows.
+        sock: The channel, if it is a socket.
+        told: What a worker that may be given more jobs knows of this process's surroundings; None
+            for one that ends with its first job.
+        bell: The bell it was born with.
+        first: What it has run before its first job.
+        born: Its number among the forked ones.
     """
 
     __slots__ = (
+        "_exit_status",
+        "_heard",
         "_reader",
-        "_started",
-        "_unwatch",
         "bell",
         "born",
         "channel",
@@ -81,6 +61,7 @@ class Flight:
         "lingers",
         "pid",
         "pidfd",
+        "poller",
         "seat",
         "signalled",
         "sock",
@@ -89,51 +70,60 @@ class Flight:
 
     def __init__(
         self,
-        started: Started,
-        lease: Optional[Lease],
-        unwatch: Callable[[int], None],
-        future: Optional[Future[Any]],
+        pid: int,
+        pidfd: int,
+        channel: int,
+        exit_status: Callable[[int, bool], Optional[int]],
+        sock: Optional[socket.socket] = None,
+        told: Optional[dict[str, Any]] = None,
+        bell: int = -1,
+        first: Optional[object] = None,
+        born: int = 0,
     ) -> None:
-        self.future: Optional[Future[Any]] = future  # until it has its outcome
-        self._unwatch = unwatch
-        # Of a worker that may stay: a socket for its channel; its seat, between jobs; the lease
-        # whose description it shares; and what else it has been told or given.
-        self.sock: Optional[socket.socket] = None
+        self.future: Optional[Future[Any]] = None  # from when it is tracked until its outcome
+        self.lease: Optional[Lease] = None
+        self.poller: Optional[Poller] = None  # which watches it
+        self.sock: Optional[socket.socket] = sock
+        # Of a worker that may stay: its seat, between jobs; the lease whose description it shares;
+        # and what else it has been told or given.
         self.seat: Optional[Lease] = None
         self.known: Optional[Lease] = None
-        self.told: Optional[dict[str, Any]] = started.told
-        self.bell: int = started.bell
-        self.first: Optional[object] = started.first
-        self.born: int = started.born
-        if started.told is not None:
-            self.sock = adopt(started.channel)
-            self.known = lease
+        self.told: Optional[dict[str, Any]] = told
+        self.bell: int = bell
+        self.first: Optional[object] = first
+        self.born: int = born
         self.held: bool = False  # a thread of ours is about to give it a job
         self.signalled: bool = False  # a signal may still be on its way to the process
         self.lingers: bool = False  # it is to end, and nobody waits for anything else from it
-        self.pid: int = started.pid
-        self.pidfd: int = started.pidfd
-        self.channel: int = started.channel
-        self.lease: Optional[Lease] = lease
+        self.pid: int = pid
+        self.pidfd: int = pidfd
+        self.channel: int = channel
         self.frame: Optional[Frame] = None
         self.exitcode: Optional[int] = None
         self.exited: bool = False
         self.detail: str = ""
-        self._started = started
-        self._reader = FrameReader()
-
-    @property
-    def settled(self) -> bool:
-        """Whether it is known how the job ended."""
-        return self.frame is not None or self.exited
+        self._exit_status = exit_status
+        self._heard = 0  # bytes on the channel
+        self._reader: Optional[FrameReader] = None  # for an answer that comes in several pieces
 
     def on_channel(self) -> None:
         """Read from the channel. End-of-file alone is no death: the job may have closed it."""
         if self.frame is not None:
             return  # old news: another thread has read the answer, and nothing follows one
+        frame = None
         try:
-            self.frame = self._reader.feed(self.channel)
-        except EOFError:
+            if self._reader is None:
+                # Nearly all answers come in one piece.
+                data = os.read(self.channel, FIRST_READ)
+                self._heard += len(data)
+                frame = brief(data, 0)
+                if frame is None:
+                    frame = self._read_on(data)
+            else:
+                frame = self._read_on(b"")
+        except BlockingIOError:
+            return
+        except (EOFError, ConnectionResetError):
             self.close_channel()
             if self.pidfd < 0:
                 self.on_exit()
@@ -142,30 +132,60 @@ class Flight:
             self.detail = f"its channel was garbled ({error})"
             self.close_channel()
             return
-        if self.frame is not None and not self.stays:
+        self.frame = frame
+        if frame is not None and (self.sock is None or not frame.flags & STAYS):
             self.close_channel()
 
-    @property
-    def stays(self) -> bool:
-        """Whether the worker has answered, and waits for its next job."""
-        frame = self.frame
-        return frame is not None and bool(frame.flags & STAYS) and self.sock is not None
+    def _read_on(self, data: bytes) -> Optional[Frame]:
+        reader = self._reader
+        if reader is None:
+            if not data:
+                raise EOFError
+            reader = self._reader = FrameReader()
+            frame = reader.push(data)
+        else:
+            frame = None
+        if frame is None:
+            before = reader.progress
+            try:
+                frame = reader.feed(self.channel)
+            finally:
+                self._heard += reader.progress - before
+        if frame is not None:
+            self._reader = None
+        return frame
 
     def on_exit(self) -> None:
         """The process has ended: what is still in the channel is all that will ever come."""
         while self.channel >= 0 and self.frame is None:
-            before = self._reader.progress
+            before = self._heard
             self.on_channel()
-            if self._reader.progress == before:
+            if self._heard == before:
                 break
         self.exited = True
-        self.exitcode = self._started.exit_status()
-        self.close_channel()
-        self.close_pidfd()
+        self.exitcode = self._exit_status(self.pidfd, self.future is not None and not self.frame)
+        if self.channel >= 0:
+            self.close_channel()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            if self.poller is not None:
+                self.poller.unwatch(pidfd)
+            os.close(pidfd)
 
     def death(self) -> SubmissionDied:
         """Return the exception that tells how the worker ended."""
         return SubmissionDied(self.exitcode, self.detail)
+
+    def kill(self) -> None:
+        """End a worker that nobody will track, and close what belongs to it."""
+        if self.sock is not None:
+            self.sock.detach()
+        _forking.close(self.channel)
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):  # ended, and reaped by the zygote
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self._exit_status(self.pidfd, True)
+            os.close(self.pidfd)
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
@@ -183,11 +203,13 @@ class Flight:
         fd, self.channel = self.channel, -1
         if fd < 0:
             return
-        self._unwatch(fd)
+        if self.poller is not None:
+            self.poller.unwatch(fd)
         if self.held:
             _forking.owned.add(fd)  # somebody is writing to it, who will close it: see `let_go`
             return
-        self._detach()
+        if self.sock is not None:
+            self.sock.detach()  # the number is ours to close
         os.close(fd)
 
     def let_go(self) -> None:
@@ -198,24 +220,14 @@ class Flight:
             if fd >= 0:
                 _forking.close(fd)
 
-    def _detach(self) -> None:
-        if self.sock is not None:
-            self.sock.detach()  # the number is ours to close
-
-    def close_pidfd(self) -> None:
-        """Close the pidfd."""
-        fd, self.pidfd = self.pidfd, -1
-        if fd >= 0:
-            self._unwatch(fd)
-            os.close(fd)
-
     def forget(self) -> None:
         """In a forked child, where the parent's descriptors have been closed."""
         self.channel = self.pidfd = -1
-        self._detach()
+        if self.sock is not None:
+            self.sock.detach()
 
 
-def child_exit_status(pidfd: int) -> Optional[int]:
+def child_exit_status(pidfd: int, _asked: bool = True) -> Optional[int]:
     """Reap the child behind ``pidfd``; None when another part of the program reaped it first."""
     if pidfd < 0:
         return None

@@ -20,6 +20,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import _socket as _plain_socket
 import contextlib
 import fcntl
 import os
@@ -35,6 +36,10 @@ class _Tracked(Protocol):
     def after_fork_in_child(self, passed: frozenset[int]) -> None: ...
 
 
+_socket: Any = _plain_socket
+_AF_UNIX = int(socket.AF_UNIX)
+# What a fresh child looks up as an attribute of a module costs it a page or two more.
+_close, _get_ident = os.close, threading.get_ident
 # Descriptors that are this process's alone.
 owned: set[int] = set()
 
@@ -44,7 +49,7 @@ _at_once: dict[int, weakref.ref[Any]] = {}
 _at_leisure: dict[int, weakref.ref[Any]] = {}
 _epoch = 0
 # What the child that a thread is forking keeps, by thread; a worker of ours if there is an entry.
-_passing: dict[int, frozenset[int]] = {}
+_passing: dict[int, tuple[int, ...]] = {}
 # Set in a worker: what its parent remembered is still to be forgotten.
 _stale = False
 
@@ -72,8 +77,8 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
         tracked[key] = weakref.ref(thing, lambda _: tracked.pop(key, None))
 
 
-def fork(passed: frozenset[int]) -> int:
-    """Fork a worker that keeps the descriptors ``passed``."""
+def fork(passed: tuple[int, ...]) -> int:
+    """Fork a worker that keeps the descriptors ``passed``, of which -1 is none."""
     me = threading.get_ident()
     # Late releases of Python close the resource tracker's descriptor in the child of any fork that
     # is not marked so; and the child's own tracker would unlink shared memory that is not its own.
@@ -139,7 +144,9 @@ def _both_lifted(one: int, other: int) -> tuple[int, int]:
 def open_pipe() -> tuple[int, int]:
     """Open a pipe, and note both ends."""
     with _lock:
-        reader, writer = _both_lifted(*os.pipe())
+        reader, writer = os.pipe()
+        if reader < 3 or writer < 3:
+            reader, writer = _both_lifted(reader, writer)
         owned.update((reader, writer))
         return reader, writer
 
@@ -147,23 +154,16 @@ def open_pipe() -> tuple[int, int]:
 def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
     """Open a pair of Unix sockets, and note both."""
     with _lock:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        # Those without the methods in Python are made in a fifth of the time.
+        ours, theirs = _socket.socketpair(_AF_UNIX, kind)
         if ours.fileno() < 3 or theirs.fileno() < 3:
             fds = _both_lifted(ours.detach(), theirs.detach())
-            ours, theirs = (socket.socket(socket.AF_UNIX, kind, 0, fd) for fd in fds)
+            ours, theirs = (_socket.socket(_AF_UNIX, kind, 0, fd) for fd in fds)
         if socket.getdefaulttimeout() is not None:  # the user's, which is not about ours
             ours.settimeout(None)
             theirs.settimeout(None)
         owned.update((ours.fileno(), theirs.fileno()))
         return ours, theirs
-
-
-def duplicate_socket(fd: int) -> socket.socket:
-    """Make another socket of a descriptor, and note it."""
-    with _lock:
-        twin = socket.socket(fileno=os.dup(fd))
-        owned.add(twin.fileno())
-        return twin
 
 
 def close(fd: int) -> None:
@@ -194,14 +194,10 @@ def stale() -> bool:
 def _forget_at_leisure() -> None:
     global _stale  # noqa: PLW0603
     _stale = False
-    _tell(_at_leisure, frozenset())
-
-
-def _tell(tracked: dict[int, weakref.ref[Any]], passed: frozenset[int]) -> None:
-    for ref in list(tracked.values()):
+    for ref in list(_at_leisure.values()):
         thing = ref()
         if thing is not None:
-            thing.after_fork_in_child(passed)
+            thing.after_fork_in_child(frozenset())
 
 
 def _after_in_child() -> None:
@@ -209,17 +205,20 @@ def _after_in_child() -> None:
     _epoch += 1
     # However often the thread that forked had acquired it, nobody here is to release it.
     _lock._at_fork_reinit()
-    found = _passing.get(threading.get_ident())
+    found = _passing.get(_get_ident())
     _passing.clear()
-    passed: frozenset[int] = found or frozenset()
+    passed = frozenset(found or ())
     for fd in owned:
         if fd not in passed:
             try:
-                os.close(fd)
+                _close(fd)
             except OSError:  # the program has closed what is not its own
                 pass
     owned.clear()
-    _tell(_at_once, passed)
+    for ref in list(_at_once.values()):
+        thing = ref()
+        if thing is not None:
+            thing.after_fork_in_child(passed)
     _stale = True
     if found is None:
         _forget_at_leisure()

@@ -46,7 +46,9 @@ class Future(Generic[T]):
         "_vain",
     )
 
-    def __init__(self, admission: Admission, *, lends: bool) -> None:
+    def __init__(
+        self, admission: Admission, lends: bool, sink: Optional[deque[Any]] = None
+    ) -> None:
         self._admission = admission
         self._reactor = admission.reactor
         self._lends = lends
@@ -54,7 +56,7 @@ class Future(Generic[T]):
         self._callbacks: Optional[_Callbacks] = None  # until there is one
         self._seqno = 0
         self._issuing = False
-        self._sink: Optional[deque[Any]] = None  # an executor's, told when this is done
+        self._sink = sink  # an executor's, told when this is done
         self._vain = False  # none of the user's calls is in it
         self._foreign = False  # in flight in the process that this one was forked from
 

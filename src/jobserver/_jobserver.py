@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
-from typing import Any, Callable, Literal, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, TypeVar, Union
 
-from ._batches import Batches
+from . import _forking
+from ._callbacks import issue_due
 from ._check import (
     Env,
     check_args,
@@ -22,17 +23,19 @@ from ._check import (
 )
 from ._commands import Commands
 from ._future import Future
-from ._inputs import Inputs
-from ._map import Plan, Results, Run, check_buffersize, check_size
 from ._shared import Canary, Shared
-from ._signals import deferred
+from ._signals import Deferred, deferred
 from ._slots._announce import check_style
 from ._slots._held import current_slot
 from ._slots._lease import Lease
 from ._worker._task import Task
 
+if TYPE_CHECKING:
+    from ._map import Plan
+
 T = TypeVar("T")
 _Unchanged = type(...)
+_NOTHING: dict[str, Any] = {}  # the default of kwargs, never changed
 PreexecFn = Callable[[], Any]
 SleepFn = Callable[[], Optional[float]]
 
@@ -153,7 +156,7 @@ class Jobserver(Commands):
         fn: Callable[..., T],
         *,
         args: Iterable[Any] = (),
-        kwargs: Mapping[str, Any] = {},  # never changed
+        kwargs: Mapping[str, Any] = _NOTHING,
         consume: int = 1,
         env: Optional[Env] = None,
         preexec_fn: Optional[PreexecFn] = None,
@@ -189,29 +192,46 @@ class Jobserver(Commands):
             RuntimeError: The Jobserver is closed.
             OSError: The system refuses another process or descriptor; nothing is left behind.
         """
-        check_callable("fn", fn)
-        task = Task(fn, check_args(args), check_kwargs(kwargs), *self._worker_side(env, preexec_fn))
-        check_consume(consume)
-        check_optional_callable("sleep_fn", sleep_fn)
-        deadline = deadline_of(timeout)
+        # A call of ours costs as much as many a job's share of all this, and under fork the page of
+        # each function is copied for each job. So what is as it mostly is goes without.
+        if not callable(fn):
+            check_callable("fn", fn)
+        if type(args) is not tuple:
+            args = check_args(args)
+        named = {} if kwargs is _NOTHING else check_kwargs(kwargs)
+        changes, preexec = self._env, self._preexec_fn
+        if env is not None or preexec_fn is not None or self._makeflags is not None:
+            changes, preexec = self._worker_side(env, preexec_fn)
+        if type(consume) is not int or consume != 1:
+            check_consume(consume)
+        gate = self._sleep_fn
+        if sleep_fn is not None:
+            check_callable("sleep_fn", sleep_fn)
+            gate = sleep_fn
+        deadline = None if timeout is None else deadline_of(timeout)
         shared = self._shared
-        shared.refuse_closed()
-        gate = self._sleep_fn if sleep_fn is None else sleep_fn
+        reactor, admission = shared.reactor, shared.admission
+        if _forking._stale or reactor.closed:
+            shared.refuse_closed()
+        task = Task(fn, args, named, changes, preexec)
         taken: list[Lease] = []
         # Once for all steps; code of the user's runs, and what may last waits, with them lifted.
-        with deferred() as signals:
+        with Deferred() as signals:
             try:
-                shared.admission.reap(keep=True)
+                if reactor.poller.watched:
+                    reactor.look()
+                if reactor.ready:
+                    issue_due(reactor)
                 if gate is not None:
                     with signals.lifted():
-                        shared.admission.gate(gate, deadline)
+                        admission.gate(gate, deadline)
                 if consume:
-                    shared.admission.take(taken, deadline)
+                    admission.take(taken, deadline)
                 else:
-                    shared.reactor.unload()
+                    reactor.unload()
                 return shared.start(task, taken, lends=self._lend)
             except BaseException:
-                shared.admission.give_all_back(taken, unheard=True)
+                admission.give_all_back(taken, unheard=True)
                 raise
 
     def _worker_side(
@@ -270,6 +290,11 @@ class Jobserver(Commands):
             concurrent.futures.TimeoutError: From the iterator, once the timeout is over.
             CallbackRaised: From the iterator, as from ``submit``; the next call goes on.
         """
+        # Here, as who only submits needs none of it: not its memory in each forked process either.
+        from ._batches import Batches
+        from ._inputs import Inputs
+        from ._map import Plan, Results, Run, check_buffersize, check_size
+
         check_callable("fn", fn)
         check_optional_callable("sleep_fn", sleep_fn)
         env_found, preexec_found = self._worker_side(env, preexec_fn)

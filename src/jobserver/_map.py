@@ -124,8 +124,11 @@ class Run:
         if not self._batches.several or self._plan.sleep_fn is not None or shared.closed:
             return
         shared.reactor.reap(keep=True)
+        free = self._free()
+        if self._next is None and not self._batches.at_hand:
+            shared.reactor.unload()  # the inputs are code of the user's, too
         try:
-            if self._free() and self._cut() is not None:
+            if free and self._cut() is not None:
                 self._submit(time.monotonic(), None)
         except CallbackRaised:
             raise
@@ -208,7 +211,7 @@ class Run:
         shared, plan = self._shared, self._plan
         taken: list[Lease] = []
         try:
-            shared.admission.reap(keep=True)
+            shared.admission.reap_keeping()
             with contextlib.nullcontext() if batch.ledger is None else batch.ledger.handed_over():
                 try:
                     if plan.sleep_fn is not None and not self._admitted:

@@ -200,7 +200,7 @@ class QueueRun:
         taken: list[Lease] = []
         with deferred():
             try:
-                shared.admission.reap(keep=True)
+                shared.admission.reap_keeping()
                 if wait:
                     self._take(taken)
                 self._start_all(taken)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pickle
-import threading
+from _thread import RLock
 from typing import Any, Optional
 
 from ._errors import SubmissionDied, Untransferable, shown
@@ -34,7 +34,7 @@ class Outcome:
     __slots__ = ("_error", "_frame", "_lock", "_value", "died", "well")
 
     def __init__(self, frame: Optional[Frame], death: Optional[SubmissionDied]) -> None:
-        self._lock = threading.RLock()
+        self._lock: Any = RLock()
         self._frame = frame
         self.died = frame is None or frame.kind == DIED
         self.well = frame is not None and frame.kind == RESULT

@@ -22,6 +22,7 @@ from ._slots._section import new_fifo
 if TYPE_CHECKING:
     from ._flight import Flight
 
+_READABLE = int(select.EPOLLIN)
 # The parent's epoll objects, in a child. Their descriptors are closed, and the numbers perhaps
 # those of other files by now, which their finalizers would close.
 _inert: list[select.epoll] = []
@@ -34,23 +35,33 @@ class Poller:
         self.watched: dict[int, Flight] = {}
         self.closings: int = 0  # how often a watched descriptor has been closed
         self._armed: set[int] = set()
-        self._epoll: Optional[select.epoll] = None
+        self.epoll: Optional[select.epoll] = None  # once it has been made: see `get`
         self._nudge = -1
 
     def get(self) -> select.epoll:
         """Return the epoll object."""
-        if self._epoll is None:
+        if self.epoll is None:
             with _forking.books_lock():
-                self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
-                _forking.owned.add(self._epoll.fileno())
-        return self._epoll
+                self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+                _forking.owned.add(self.epoll.fileno())
+        return self.epoll
 
-    def watch(self, fd: int, flight: Flight) -> None:
-        """Watch a worker's descriptor."""
+    def watch(self, flight: Flight) -> None:
+        """Watch a worker's descriptors."""
+        epoll, channel, pidfd = self.epoll or self.get(), flight.channel, flight.pidfd
         # First what may fail: there may be no descriptor left, or no memory in the kernel.
-        self.get().register(fd, select.EPOLLIN)
-        self.watched[fd] = flight
-        _forking.owned.add(fd)
+        epoll.register(channel, _READABLE)
+        if pidfd >= 0:
+            try:
+                epoll.register(pidfd, _READABLE)
+            except BaseException:
+                epoll.unregister(channel)
+                raise
+            self.watched[pidfd] = flight
+            _forking.owned.add(pidfd)
+        self.watched[channel] = flight
+        _forking.owned.add(channel)
+        flight.poller = self
 
     def unwatch(self, fd: int) -> None:
         """Watch a worker's descriptor no more; it is about to be closed."""
@@ -58,7 +69,7 @@ class Poller:
         self.closings += 1
         del self.watched[fd]
         _forking.owned.discard(fd)
-        self.get().unregister(fd)
+        (self.epoll or self.get()).unregister(fd)
 
     def arm(self, fd: int) -> None:
         """Report that ``fd`` is readable, once."""
@@ -84,9 +95,9 @@ class Poller:
     def disarm(self, fd: int) -> None:
         """Forget an armed descriptor that is about to be closed."""
         self._armed.discard(fd)
-        if self._epoll is not None:
+        if self.epoll is not None:
             with contextlib.suppress(FileNotFoundError):
-                self._epoll.unregister(fd)
+                self.epoll.unregister(fd)
 
     def prepare_nudge(self) -> None:
         """Make what ``nudge`` needs; OSError if there is no descriptor for it."""
@@ -124,7 +135,7 @@ class Poller:
             _forking.owned.discard(self._nudge)
             os.close(self._nudge)
             self._nudge = -1
-        epoll, self._epoll = self._epoll, None
+        epoll, self.epoll = self.epoll, None
         if epoll is not None:
             _forking.owned.discard(epoll.fileno())
             epoll.close()
@@ -132,7 +143,7 @@ class Poller:
 
     def forget(self) -> None:
         """In a forked child, where all descriptors are closed already."""
-        epoll, self._epoll = self._epoll, None
+        epoll, self.epoll = self.epoll, None
         if epoll is not None:
             _inert.append(epoll)
         for flight in self.watched.values():

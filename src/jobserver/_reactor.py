@@ -48,19 +48,24 @@ class Reactor(Books):
         Args:
             keep: The caller is about to take a token, and to have the rest unloaded.
         """
-        if not self.poller.watched:
-            return
-        with deferred(), self.lock:
+        if self.poller.watched:
+            with deferred():
+                self.look()
+                if not keep:
+                    self.unload()
+
+    def look(self) -> None:
+        """Do so for a caller who has signals wait, keeping tokens."""
+        poller = self.poller
+        with self.lock:
             if self._leading:
                 try:
-                    self.poller.prepare_nudge()
+                    poller.prepare_nudge()
                 except OSError:
                     return  # no descriptor to tell the leader by, who so must see to it himself
-            events = self.poller.get().poll(0)
-            if events and self._handle(events):
+            events = (poller.epoll or poller.get()).poll(0)
+            if events and self._handle(events) and self._leading:
                 self._nudge_leader()
-            if not keep:
-                self.crew.unload()
 
     def wait(
         self,
@@ -190,8 +195,9 @@ class Reactor(Books):
 
     def _handle(self, events: Sequence[tuple[int, int]], *, leader: bool = False) -> bool:
         settled = False
+        watched = self.poller.watched
         for fd, _mask in events:
-            flight = self.poller.watched.get(fd)
+            flight = watched.get(fd)
             if flight is None:
                 if not self.poller.nudged(fd, take=leader):
                     self.poller.spent(fd)
@@ -208,12 +214,12 @@ class Reactor(Books):
             if flight.future is None:
                 if not flight.lingers and self.crew.leave(flight) and not flight.exited:
                     self._dismiss(flight)
-            elif flight.settled:
+            elif flight.frame is not None or flight.exited:
                 self._settle(flight.future, flight)
                 settled = True
         if self._dropped and not self.running:
             self._dissolve()  # there is nobody left who could use the workers at rest
-        if not self.poller.watched:
+        if not watched:
             active.discard(self)
             if self.closed or self._dropped:
                 self._release()

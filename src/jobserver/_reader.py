@@ -36,14 +36,13 @@ from ._wire import (
     Corrupt,
     Frame,
     advance,
-    brief,
 )
 
 if TYPE_CHECKING:
     from ._large import Loan
 
 _MAX_SEGMENTS = 1 << 24
-_FIRST_READ = 1 << 16
+FIRST_READ = 1 << 16
 # How much is read, or fetched, in one go before other channels get their turn.
 _READ_QUANTUM = 1 << 24
 _FETCH_QUANTUM = 1 << 25
@@ -86,17 +85,6 @@ class FrameReader:
         """
         budget = _READ_QUANTUM
         try:
-            if self._frame is None and not self._head:
-                data = os.read(fd, _FIRST_READ)
-                found = brief(data, 0)
-                if found is not None:
-                    self.progress += len(data)
-                    return found
-                if not data:
-                    raise EOFError
-                whole = self.push(data)
-                if whole is not None:
-                    return whole
             while budget > 0:
                 if self._loan is not None and not self._targets:
                     if not self._fetch(fd, self._loan):
@@ -136,7 +124,7 @@ class FrameReader:
             advance(self._targets, count)
         else:
             # Greedily: on a channel nothing follows a frame before the frame has been answered.
-            data = os.read(fd, _FIRST_READ)
+            data = os.read(fd, FIRST_READ)
             count = len(data)
             self._head += data
             self._parse_head()

@@ -274,7 +274,8 @@ class Runs:
     ) -> Future[Any]:
         js = self._jobserver
         task = Task(fn, args, kwargs, *js._worker_side(None, None), self._initializer)
-        return self._shared.start(task, [lease], lends=js._lend, sink=self.sink)
+        with deferred():
+            return self._shared.start(task, [lease], lends=js._lend, sink=self.sink)
 
     def _give_back(self, lease: Lease) -> None:
         self._shared.admission.give_back(lease, unheard=True)

@@ -22,13 +22,11 @@ from ._check import check_slots, check_tasks
 from ._crew import Crew
 from ._ending import warn_suppressed
 from ._errors import CallbackRaised
-from ._flight import Started
 from ._future import Future
 from ._launch import Launcher, launcher_for
 from ._launch._pickling import is_plain
-from ._launch._seat import Seat, seat_for
 from ._reactor import Reactor, active_reactors
-from ._signals import Deferred, deferred
+from ._signals import deferred
 from ._slots._held import current_slot
 from ._slots._lease import Lease
 from ._slots._makeflags import outer_from
@@ -54,7 +52,7 @@ class Shared:
         self.context = context
         self.tasks = tasks
         self.method: str = context.get_start_method()
-        self.launcher: Launcher = launcher_for(self.method)
+        self.launcher: Launcher = launcher_for(self.method, slots.key)
         self.reactor = Reactor(slots, Crew(slots, tasks))
         self.admission = Admission(self.reactor)
         self._canary: Optional[weakref.ref[Canary]] = None
@@ -98,8 +96,9 @@ class Shared:
 
     def refuse_closed(self) -> None:
         """Raise RuntimeError if closed."""
-        _forking.settle()
-        if self.closed:
+        if _forking._stale:
+            _forking.settle()
+        if self.reactor.closed:
             raise RuntimeError("Jobserver is closed")
 
     def enter(self) -> None:
@@ -145,7 +144,7 @@ class Shared:
         sink: Optional[deque[Future[Any]]] = None,
     ) -> Future[Any]:
         """
-        Launch a worker, or give the job to one that is at rest.
+        Launch a worker, or give the job to one that is at rest. The caller has signals wait.
 
         Args:
             task: The job.
@@ -157,24 +156,30 @@ class Shared:
         unheard = True
         try:
             lease = taken[0] if taken else None
-            future: Future[Any] = Future(self.admission, lends=lends)
-            future._sink = sink
+            future: Future[Any] = Future(self.admission, lends, sink)
             own = current_slot(self.slots)
-            lent = lease is not None and own.lent
-            prepared = self.launcher.prepare(task)
+            lent = own.consumes and own.lease is None and lease is not None
+            if self.reactor.crew.loaded and not is_plain(task):
+                self.reactor.unload()  # pickling runs code of the user's
+            prepared = task if self.method == "fork" else self.launcher.prepare(task)
             unheard = False
-            with deferred() as signals:
-                seat = seat_for(self.slots, lease, own)
-                if (
-                    lease is None
-                    or lease.worker is None
-                    or not self._hand_over(future, task, prepared, seat, lease, signals)
-                ):
-                    stays = self._stays(lease)
-                    started = self.launcher.launch(prepared, seat, stays)
-                    self._track(future, prepared, seat, started, lease, signals)
-                # The job's from now on, also when Ctrl-C comes out of this block.
-                taken.clear()
+            bell = -1 if own.key is None else own.bell_for_child(self.slots)
+            if (
+                lease is None
+                or lease.worker is None
+                or not self._hand_over(future, prepared, lease, bell)
+            ):
+                stays = None
+                if self.tasks != 1 and lease is not None and lease.seated:
+                    stays = Stays(self.tasks, IDLE)
+                flight = self.launcher.launch(prepared, lease, bell, stays)
+                try:
+                    self.reactor.add(future, flight, lease)
+                except BaseException:
+                    flight.kill()
+                    raise
+            # The job's from now on, also when Ctrl-C comes as signals are let through again.
+            taken.clear()
         except BaseException:
             self.admission.give_all_back(taken, unheard=unheard)
             raise
@@ -183,24 +188,11 @@ class Shared:
             self.admission.regain()
         return future
 
-    def _hand_over(
-        self,
-        future: Future[Any],
-        task: Task,
-        prepared: Any,
-        seat: Seat,
-        lease: Lease,
-        signals: Deferred,
-    ) -> bool:
+    def _hand_over(self, future: Future[Any], prepared: Any, lease: Lease, bell: int) -> bool:
         """Give the job to the worker at rest that ``lease`` leads to; False if that cannot be."""
         worker = lease.worker
-        fresh = worker.known is not lease
         try:
-            if is_plain(task):
-                done = self.launcher.hand_over(prepared, seat, worker, fresh=fresh)
-            else:
-                with signals.lifted():  # large arguments may take their time
-                    done = self.launcher.hand_over(prepared, seat, worker, fresh=fresh)
+            done = self.launcher.hand_over(prepared, lease, bell, worker)
         except BaseException:
             worker.send_signal(SIGKILL)  # it may have heard all
             raise
@@ -209,29 +201,6 @@ class Shared:
         else:
             self.reactor.dismiss(lease)
         return done
-
-    def _stays(self, lease: Optional[Lease]) -> Optional[Stays]:
-        """Return how long a worker may stay that is started on ``lease``; None for one job."""
-        if self.tasks == 1 or lease is None or not lease.seated:
-            return None
-        return Stays(self.tasks, IDLE)
-
-    def _track(
-        self,
-        future: Future[Any],
-        prepared: Any,
-        seat: Seat,
-        started: Started,
-        lease: Optional[Lease],
-        signals: Deferred,
-    ) -> None:
-        try:
-            with signals.lifted():  # large arguments may take their time
-                self.launcher.deliver(prepared, seat, started)
-            self.reactor.add(future, started, lease)
-        except BaseException:
-            started.kill()
-            raise
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """The parent's with-blocks are the parent's."""

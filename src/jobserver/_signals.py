@@ -42,11 +42,11 @@ class Deferred:
 
     __slots__ = ("_before",)
 
-    def __init__(self) -> None:
-        self._before: Any = None  # of the outermost one
+    _before: Any  # of the outermost one
 
     def __enter__(self) -> Deferred:  # noqa: PYI034  # Self came with Python 3.11
         global _outside  # noqa: PLW0603
+        self._before = None
         if _outside is None and get_ident() == _main:
             before = _mask(_BLOCK, ())
             try:

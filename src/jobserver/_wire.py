@@ -60,6 +60,8 @@ MAGIC = b"JsF2"
 HEADER = struct.Struct("<4sBBxxiI")  # magic, kind, flags, exit code, number of segments
 # The same with the lengths of two segments: all there is to most frames.
 _BRIEF = struct.Struct("<4sBBxxiIQQ")
+# The same behind the number of descriptors that come along.
+_SMALL_JOB = struct.Struct("<I4sBBxxiIQQ")
 ENTRY_SIZE = 8  # for each segment its length, and in the highest byte what it is
 WHAT = 56
 LENGTH = (1 << WHAT) - 1
@@ -75,6 +77,7 @@ IOV_MAX = 1024
 STEP = 1 << 16
 
 
+_write = os.write
 Write = Callable[[list[memoryview]], int]
 
 
@@ -133,11 +136,9 @@ def encode(
         exitcode: The exit status of a worker that ends with this frame.
         lend: ``UNTIL_CLOSED``, ``UNTIL_TAKEN`` or ``ASIDE`` if large segments may be lent.
     """
-    if not text and len(payload) == 1 and type(payload[0]) is bytes:
-        size = len(payload[0])
-        if size < _JOINED:
-            head = _BRIEF.pack(MAGIC, kind, flags, exitcode, 2, 0, size)
-            return Pieces((head + payload[0],))
+    pickled = payload[0]
+    if not text and len(payload) == 1 and type(pickled) is bytes and len(pickled) < _JOINED:
+        return Pieces((brief_frame(kind, pickled, flags, exitcode),))
     first = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     segments: list[Buffer] = [first, *payload]
     lengths = [len(segment) for segment in segments]  # all are buffers of bytes
@@ -146,6 +147,11 @@ def encode(
         return _encode_large(kind, flags, exitcode, segments, lend)
     head = _head(kind, flags, exitcode, lengths)
     return Pieces([head + b"".join(segments)] if total < _JOINED else [head, *segments])
+
+
+def brief_frame(kind: int, pickled: bytes, flags: int = 0, exitcode: int = 0) -> bytes:
+    """Return the frame that is a small pickle and nothing else."""
+    return _BRIEF.pack(MAGIC, kind, flags, exitcode, 2, 0, len(pickled)) + pickled
 
 
 def _head(kind: int, flags: int, exitcode: int, entries: Sequence[int]) -> bytes:
@@ -190,6 +196,38 @@ def brief(data: bytes, start: int) -> Optional[Frame]:
     return Frame(kind, flags, exitcode, [data[at:end], data[end:]])
 
 
+def send_frame(
+    fd: int,
+    kind: int,
+    text: str,
+    payload: Sequence[Buffer],
+    flags: int,
+    exitcode: int,
+    lend: int,
+) -> None:
+    """Make a frame of these, see ``encode``, and send it, see ``send``."""
+    pickled = payload[0]
+    if text or len(payload) > 1 or type(pickled) is not bytes or len(pickled) >= _JOINED:
+        send(fd, encode(kind, text, payload, flags=flags, exitcode=exitcode, lend=lend))
+        return
+    data = _BRIEF.pack(MAGIC, kind, flags, exitcode, 2, 0, len(pickled)) + pickled
+    sent = _write(fd, data)
+    while sent < len(data):
+        sent += _write(fd, data[sent:])
+
+
+def small_job(data: bytes) -> Optional[bytes]:
+    """Return the pickled task if the data is a job that is that and nothing else."""
+    if len(data) < _SMALL_JOB.size:
+        return None
+    fds, magic, kind, _flags, _exitcode, count, first, second = _SMALL_JOB.unpack_from(data)
+    pickled = data[_SMALL_JOB.size :]
+    # No descriptors, no text.
+    if fds or first or second != len(pickled) or count != 2 or magic != MAGIC or kind != TASK:
+        return None
+    return pickled
+
+
 def send(fd: int, pieces: Pieces) -> None:
     """Send a frame on a blocking descriptor; one with lent segments until they are taken."""
     if len(pieces) == 1:
@@ -226,7 +264,7 @@ def _send_as_asked(fd: int, rest: deque[memoryview], write: Write) -> None:
         except BlockingIOError:  # there is a limit to how long one call waits
             continue
         if word == STREAM:
-            _write(rest, write)
+            _write_views(rest, write)
         if word != MORE:
             return
         advance(rest, write([rest[0][:1]]))
@@ -234,14 +272,14 @@ def _send_as_asked(fd: int, rest: deque[memoryview], write: Write) -> None:
 
 def write_all(pieces: Sequence[Buffer], write: Write) -> None:
     """Write all bytes; ``write`` takes some of what it is given, and returns how many."""
-    _write(_views(pieces), write)
+    _write_views(_views(pieces), write)
 
 
 def _views(pieces: Sequence[Buffer]) -> deque[memoryview]:
     return deque(memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes)
 
 
-def _write(views: deque[memoryview], write: Write) -> None:
+def _write_views(views: deque[memoryview], write: Write) -> None:
     while views:
         advance(views, write(list(islice(views, IOV_MAX))))
 

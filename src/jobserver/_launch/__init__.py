@@ -6,38 +6,47 @@ from __future__ import annotations
 
 from typing import Any, Optional, Protocol
 
-from jobserver._flight import Flight, Started
+from jobserver._flight import Flight
+from jobserver._slots._lease import Lease
 from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
 
 from ._fork import ForkLauncher
-from ._seat import Seat
 
 
 class Launcher(Protocol):
-    """One start method. The two steps are apart so that pickling happens under no lock."""
+    """One start method."""
 
     def prepare(self, task: Task) -> Any:
         """Return what ``launch`` wants of a task; TypeError if it cannot be pickled."""
         ...
 
-    def launch(self, prepared: Any, seat: Seat, stays: Optional[Stays]) -> Started:
-        """Start a worker, for more than one job if it may stay; notes its channel as owned."""
+    def launch(
+        self, prepared: Any, lease: Optional[Lease], bell: int, stays: Optional[Stays]
+    ) -> Flight:
+        """
+        Start a worker that has its task. The caller has signals wait, as for `hand_over`.
+
+        Args:
+            prepared: What ``prepare`` has returned.
+            lease: What the job runs on; None for no slot.
+            bell: What it is to ring, -1 for nothing.
+            stays: How long the worker may stay; None for one job.
+
+        Returns:
+            What is not tracked yet; its channel is noted as owned.
+        """
         ...
 
-    def deliver(self, prepared: Any, seat: Seat, started: Started) -> None:
-        """Hand the worker its task, if it was not born with it; called under no lock."""
-        ...
-
-    def hand_over(self, prepared: Any, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
+    def hand_over(self, prepared: Any, lease: Lease, bell: int, worker: Flight) -> bool:
         """
         Send a task to a worker that waits for one.
 
         Args:
             prepared: What ``prepare`` has returned.
-            seat: What the job sits on.
+            lease: What the job runs on.
+            bell: What it is to ring, -1 for nothing.
             worker: Who waits, and is in the hand of this thread.
-            fresh: The worker does not know the lease yet.
 
         Returns:
             False if the task cannot be sent, and will not be run by that worker.
@@ -45,10 +54,10 @@ class Launcher(Protocol):
         ...
 
 
-def launcher_for(method: str) -> Launcher:
-    """Return the launcher for a start method."""
+def launcher_for(method: str, key: tuple[int, int]) -> Launcher:
+    """Return the launcher for a start method, and for the pool of that key."""
     if method == "fork":
-        return ForkLauncher()
+        return ForkLauncher(key)
     from ._remote import RemoteLauncher
 
-    return RemoteLauncher(method)
+    return RemoteLauncher(method, key)

@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from jobserver._dump import _PLAIN
 from jobserver._worker._task import Task
 
 _births = 0
 _first: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_known: dict[Any, int] = getattr(_first, "data")  # noqa: B009  # which the types do not tell
 
 
 def birth(task: Task) -> int:
     """Return the number of a worker that is about to be forked for a job."""
     global _births  # noqa: PLW0603
-    younger(task, 0)
+    youth(task.fn, task.args)
     _births += 1
     return _births
-
-
-def younger(task: Task, born: int) -> bool:
-    """Say whether what a job refers to may be younger than the worker of that number."""
-    return youth(task.fn, task.args) >= born
 
 
 def youth(fn: Any, args: tuple[Any, ...]) -> float:
@@ -45,8 +42,12 @@ def youth(fn: Any, args: tuple[Any, ...]) -> float:
             continue
         while isinstance(thing, partial):
             thing = thing.func  # noqa: PLW2901
-        if getattr(thing, "__module__", None) == "__main__":
-            found = max(found, _youth_of(thing))
+        if getattr(thing, "__module__", None) != "__main__":
+            continue
+        # A function is in there itself, if anything of it is.
+        known = _known.get(ref(thing)) if type(thing) is FunctionType else None
+        noted = _youth_of(thing) if known is None else known
+        found = max(found, noted)
     return found
 
 

@@ -9,114 +9,134 @@ child touches the cheaper it is: no Process object is started, no module loaded.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import os
+import signal
 import socket
-from multiprocessing import util
+import sys
+from functools import partial
+from multiprocessing import process
 from typing import Any, NoReturn, Optional
 
 from jobserver import _forking, _signals
 from jobserver._callbacks import start_afresh
-from jobserver._flight import Flight, Started, child_exit_status
+from jobserver._flight import Flight, child_exit_status
+from jobserver._slots._lease import Lease
 from jobserver._slots._own import OwnSlot, run_on
-from jobserver._worker._main import Worker
+from jobserver._worker._main import Worker, work_once
 from jobserver._worker._next import Next
 from jobserver._worker._process import Identity, forget_program, leave_stdin, report
 from jobserver._worker._stay import Habitat, Stays, variables
-from jobserver._worker._task import Task
+from jobserver._worker._task import Task, perform
 
 from . import _births
-from ._hand_over import hand_over
-from ._pickling import pickle_task
+from ._hand_over import hand_over, hand_over_plain
+from ._pickling import is_plain, pickle_plain, pickle_task
 from ._prep import watched
-from ._seat import Seat
+
+_process: Any = process
+
+# Blocked it is pending whenever a child has ended.
+_OF_CHILDREN = frozenset((signal.SIGCHLD,))
 
 
 class ForkLauncher:
-    """Launch each worker by ``os.fork``."""
+    """Launch each worker by ``os.fork``, for the pool of that key."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: tuple[int, int]) -> None:
         # What a job that fails needs: imported once here, not again by each child.
         import traceback  # noqa: F401
 
+        self._key = key
         self._identity: Optional[Identity] = None
 
     def prepare(self, task: Task) -> Task:
         """Nothing to do: the child sees the parent's memory."""
         return task
 
-    def launch(self, prepared: Task, seat: Seat, stays: Optional[Stays]) -> Started:
+    def launch(
+        self, prepared: Task, lease: Optional[Lease], bell: int, stays: Optional[Stays]
+    ) -> Flight:
         """Start a worker."""
-        flush: Any = util
-        flush._flush_std_streams()  # else what is buffered would be written twice
-        if stays is None:
+        # In one piece, as each function that is called between two forks costs the copy of a page.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()  # else what is buffered would be written twice
+            except (AttributeError, ValueError):  # there is none, or it is closed
+                pass
+        ours = told = next_jobs = None
+        born = 0
+        if stays is None or lease is None:
             reader, writer = _forking.open_pipe()
         else:
-            ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
-            reader, writer = ours.detach(), theirs.detach()
-        parent = os.getpid()
-        # All that the child can do without making, as what it writes to it must copy first.
-        identity = self._identity
-        if identity is None or not identity.holds(parent):
-            identity = self._identity = Identity(parent)
-        number = identity.numbered()
-        own = OwnSlot(seat.key, seat.lease_fd, seat.place, seat.bell)
-        told = next_jobs = None
-        born = 0
-        if stays is not None:
             born = _births.birth(prepared)
             told = watched()
             habitat = Habitat(variables(), told["dir"])
-            next_jobs = Next(writer, stays, habitat, seat.place, seat.bell)
-        worker = Worker(writer, next_jobs)
+            ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
+            reader, writer = ours.fileno(), theirs.detach()
+            next_jobs = Next(writer, stays, habitat, lease.place, bell)
+        epoch = _forking._epoch
+        # All that the child can do without making, as what it writes to it must copy first.
+        identity = self._identity
+        if identity is None or not identity.holds(epoch):
+            identity = self._identity = Identity(os.getpid(), epoch)
+        number = next(_process._process_counter)
+        lease_fd = -1 if lease is None else lease._fd
         mask = _signals.outside()
-        pid = -1
         try:
-            pid = _forking.fork(seat.fds() | {writer})
+            pid = _forking.fork((writer, lease_fd, bell))
             if pid == 0:
-                _child(worker, prepared, identity, number, own, mask)
+                own = OwnSlot(self._key, lease_fd, None if lease is None else lease.place, bell)
+                _child(writer, next_jobs, prepared, identity, number, own, mask)
         except BaseException:
-            if os.getpid() != parent:
+            if _forking._epoch != epoch:
                 # An exception at the first instant of the child's life must not unwind the
                 # parent's stack in it.
                 os._exit(1)
-            _forking.close(reader)
+            _forking.close(writer)
+            _close(reader, ours)
             raise
-        finally:
-            if os.getpid() == parent:
-                _forking.close(writer)
+        _forking.close(writer)
         os.set_blocking(reader, False)
         try:
             pidfd = open_pidfd(pid)
         except BaseException:
-            _forking.close(reader)
+            _close(reader, ours)
             raise
-        return Started(
-            pid,
-            pidfd,
-            reader,
-            lambda: child_exit_status(pidfd),
-            told,
-            stays,
-            seat.bell,
-            prepared.first,
-            born,
+        flight = Flight(
+            pid, pidfd, reader, child_exit_status, ours, told, bell, prepared.first, born
         )
+        if _signal.sigpending() - _OF_CHILDREN:
+            try:
+                with _signals.lifted():
+                    pass
+            except BaseException:
+                flight.kill()  # there is still time
+                raise
+        return flight
 
-    def deliver(self, prepared: Task, seat: Seat, started: Started) -> None:
-        """Nothing to do: the worker was born with its task."""
-
-    def hand_over(self, prepared: Task, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
+    def hand_over(self, prepared: Task, lease: Lease, bell: int, worker: Flight) -> bool:
         """Send the task to a worker that waits for one, if it can be pickled."""
-        if _births.younger(prepared, worker.born):
+        if _births.youth(prepared.fn, prepared.args) >= worker.born:
             return False
         if worker.first is not None and worker.first is prepared.first:
             prepared = prepared._replace(first=None)
         try:
+            if is_plain(prepared):
+                return hand_over_plain(
+                    pickle_plain(prepared, "fork"), watched(), lease, bell, worker
+                )
             pickled = pickle_task(prepared, "fork")
         except TypeError:
             return False  # a new worker is born with it, whatever it is
-        return hand_over(pickled, watched(), seat, worker, fresh=fresh)
+        return hand_over(pickled, watched(), lease, bell, worker)
+
+
+def _close(reader: int, sock: Optional[socket.socket]) -> None:
+    if sock is not None:
+        sock.detach()
+    _forking.close(reader)
 
 
 def open_pidfd(pid: int) -> int:
@@ -134,10 +154,11 @@ def open_pidfd(pid: int) -> int:
 
 
 def _child(
-    worker: Worker,
+    channel: int,
+    next_jobs: Optional[Next],
     task: Task,
     identity: Identity,
-    number: tuple[int, ...],
+    number: int,
     own: OwnSlot,
     mask: Any,
 ) -> NoReturn:
@@ -148,7 +169,10 @@ def _child(
         leave_stdin()
         identity.assume(forked=True, number=number)
         _signals.restore(mask)
-        worker.work(task.run)
+        call = partial(perform, *task)
+        if next_jobs is None:
+            work_once(channel, call)
+        Worker(channel, next_jobs).work(call)
     except BaseException as error:  # noqa: BLE001  # KeyboardInterrupt before fn was called
         report(error)
     finally:

@@ -71,13 +71,18 @@ def is_plain(task: Task) -> bool:
 def pickle_task(task: Task, method: str) -> Pickled:
     """Pickle ``task``; TypeError that names the start method if that is not possible."""
     if is_plain(task):
-        # The pickler treats these just as that of multiprocessing does.
-        try:
-            return Pickled([pickle.dumps(tuple(task), 5)], [])
-        except Exception as error:
-            raise _refusal(error, method) from error
+        return Pickled([pickle_plain(task, method)], [])
     with lifted():
         return _pickle(task, method)
+
+
+def pickle_plain(task: Task, method: str) -> bytes:
+    """Pickle a task that is plain; see ``pickle_task``."""
+    # The pickler treats these just as that of multiprocessing does.
+    try:
+        return pickle.dumps(tuple(task), 5)
+    except Exception as error:
+        raise _refusal(error, method) from error
 
 
 def _refusal(error: Exception, method: str) -> TypeError:

@@ -45,40 +45,30 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-class _Watched:
-    """The surroundings, and what tells cheaply whether they are still the same."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[Any, dict[str, Any]] = ((), {})
-
-    def look(self) -> dict[str, Any]:
-        signs = _signs()
-        known, now = self._seen
-        if signs != known:
-            # Copies: the originals may be changed in place.
-            known = tuple(sign.copy() if hasattr(sign, "copy") else sign for sign in signs)
-            now = surroundings()
-            # Both at once, for other threads.
-            self._seen = known, now
-        return now
+_process: Any = process
+# The surroundings, and what tells cheaply whether they are still the same.
+_seen: tuple[Any, dict[str, Any]] = ((), {})
 
 
-def _signs() -> tuple[Any, ...]:
+def watched() -> dict[str, Any]:
+    """Return ``surroundings()``: the very same object for as long as nothing has changed."""
+    global _seen  # noqa: PLW0603
     environ: Any = os.environ
     try:
         here: Optional[str] = os.getcwd()
     except OSError:
         here = None
     data = getattr(environ, "_data", environ)  # the latter if the program has replaced it
-    return data, sys.path, sys.argv, here, process.current_process().authkey
-
-
-_watched = _Watched()
-
-
-def watched() -> dict[str, Any]:
-    """Return ``surroundings()``: the very same object for as long as nothing has changed."""
-    return _watched.look()
+    authkey = _process._current_process._config["authkey"]
+    signs: tuple[Any, ...] = (data, sys.path, sys.argv, here, authkey)
+    known, now = _seen
+    if signs != known:
+        # Copies: the originals may be changed in place.
+        known = tuple(sign.copy() if hasattr(sign, "copy") else sign for sign in signs)
+        now = surroundings()
+        # Both at once, for other threads.
+        _seen = known, now
+    return now
 
 
 def foundations() -> dict[str, Any]:

@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import select
 import socket
 from multiprocessing import resource_tracker
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from jobserver import _forking
 from jobserver._fds import send_job
-from jobserver._flight import Flight, Started, child_exit_status
-from jobserver._signals import deferred
+from jobserver._flight import Flight, child_exit_status
+from jobserver._signals import deferred, lifted
+from jobserver._slots._lease import Lease
 from jobserver._wire import ASIDE, TASK, encode
 from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
@@ -21,10 +24,11 @@ from jobserver._worker._task import Task
 from . import _zygote
 from ._command import UNTIL_JOB, start_interpreter
 from ._fork import open_pidfd
-from ._hand_over import hand_over
-from ._pickling import Pickled, pickle_task
+from ._hand_over import hand_over, hand_over_plain
+from ._pickling import Pickled, is_plain, pickle_task
 from ._prep import changes, foundations, refuse_while_importing, watched
-from ._seat import Seat
+
+_tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined, unused-ignore]
 
 
 class Prepared(NamedTuple):
@@ -34,80 +38,126 @@ class Prepared(NamedTuple):
     pickled: Pickled
     surroundings: dict[str, Any]
 
-    @property
-    def first(self) -> Optional[object]:
-        """What a worker is to run before its first job."""
-        return self.task.first
-
 
 class RemoteLauncher:
     """The launcher for ``spawn`` and ``forkserver``."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, key: tuple[int, int]) -> None:
         self._method = method
+        self._key = key
+        # What was compared last, and what had changed.
+        self._compared: tuple[Any, Any, dict[str, Any]] = (None, None, {})
 
     def prepare(self, task: Task) -> Prepared:
         """Pickle the task."""
         refuse_while_importing()
         return Prepared(task, pickle_task(task, self._method), watched())
 
-    def launch(self, prepared: Prepared, seat: Seat, stays: Optional[Stays]) -> Started:
-        """Start a worker, which then waits for ``deliver``."""
+    def launch(
+        self,
+        prepared: Prepared,
+        lease: Optional[Lease],
+        bell: int,
+        stays: Optional[Stays],
+    ) -> Flight:
+        """Start a worker, and send it its task."""
+        try:
+            return self._launch(prepared, lease, bell, stays)
+        except _zygote.ZygoteDied:
+            # On another channel: what it may have forked finds that the first is closed.
+            return self._launch(prepared, lease, bell, stays)
+
+    def _launch(
+        self,
+        prepared: Prepared,
+        lease: Optional[Lease],
+        bell: int,
+        stays: Optional[Stays],
+    ) -> Flight:
         ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
         try:
             if self._method == "spawn":
-                started = _spawn(theirs, ours)
+                pid, pidfd, exit_status = _spawn(theirs)
             else:
-                started = _zygote.client().launch(theirs, ours)
+                pid, pidfd, exit_status = _zygote.client().launch(theirs)
         except BaseException:
             _forking.close_socket(ours)
             raise
         finally:
             _forking.close_socket(theirs)
         ours.setblocking(False)
-        ours.detach()
-        if stays is None:
-            return started
-        return started._replace(
-            told=prepared.surroundings, stays=stays, bell=seat.bell, first=prepared.first
-        )
-
-    def deliver(self, prepared: Prepared, seat: Seat, started: Started) -> None:
-        """Send the task. A worker that is gone already is the reactor's to find out."""
-        told = dict(prepared.surroundings)
-        if self._method == "forkserver":
-            told = changes(told, _zygote.client().known)
-        else:
-            told.update(foundations())
-        # One tracker for the whole tree, else a worker's would unlink what it made at its end.
-        # A fork must not find the tracker's own lock held, nor Ctrl-C leave a descriptor.
-        with deferred(), _forking.books_lock(), _forking.streams_held():
-            tracker: Any = resource_tracker.getfd()
-        seat_fds = [fd for fd in (seat.lease_fd, seat.bell) if fd >= 0]
-        told["seat"] = (seat.key, seat.lease_fd >= 0, seat.place, seat.bell >= 0)
-        told["parent_pid"] = os.getpid()
-        told["stays"] = started.stays
-        frame = encode(TASK, pickle.dumps(told), prepared.pickled.payload, lend=ASIDE)
-        sock = None
+        told = None if stays is None else prepared.surroundings
+        first = prepared.task.first
+        flight = Flight(pid, pidfd, ours.fileno(), exit_status, ours, told, bell, first)
         try:
-            with deferred():  # else Ctrl-C could leave a descriptor that is nobody's
-                sock = _forking.duplicate_socket(started.channel)
-            send_job(sock, [tracker, *seat_fds, *prepared.pickled.fds], frame)
-        except (BrokenPipeError, ConnectionResetError):
-            return
-        finally:
-            if sock is not None:
-                _forking.close_socket(sock)
+            with lifted():  # large arguments may take their time
+                self._deliver(prepared, flight, lease, bell, stays)
+        except BaseException:
+            flight.kill()
+            raise
+        return flight
 
-    def hand_over(self, prepared: Prepared, seat: Seat, worker: Flight, *, fresh: bool) -> bool:
+    def _deliver(
+        self,
+        prepared: Prepared,
+        flight: Flight,
+        lease: Optional[Lease],
+        bell: int,
+        stays: Optional[Stays],
+    ) -> None:
+        """Send the task. A worker that is gone already is the reactor's to find out."""
+        if self._method == "forkserver":
+            told = self._changes(prepared.surroundings, _zygote.client().known)
+        else:
+            told = {**prepared.surroundings, **foundations()}
+        tracker = _tracker_fd()
+        lease_fd, place = (-1, None) if lease is None else (lease.fileno(), lease.place)
+        seat_fds = [fd for fd in (lease_fd, bell) if fd >= 0]
+        seat = (self._key, lease_fd >= 0, place, bell >= 0)
+        text = pickle.dumps((told, seat, os.getpid(), stays))
+        frame = encode(TASK, text, prepared.pickled.payload, lend=ASIDE)
+        assert flight.sock is not None  # noqa: S101  # see `_launch`
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send_job(flight.sock, [tracker, *seat_fds, *prepared.pickled.fds], frame)
+
+    def _changes(self, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        known, known_before, found = self._compared
+        if known is not now or known_before is not before:
+            found = changes(now, before)
+            self._compared = now, before, found
+        return found
+
+    def hand_over(self, prepared: Prepared, lease: Lease, bell: int, worker: Flight) -> bool:
         """Send the task to a worker that waits for one."""
-        pickled = prepared.pickled
-        if worker.first is not None and worker.first is prepared.first:
-            pickled = pickle_task(prepared.task._replace(first=None), self._method)
-        return hand_over(pickled, prepared.surroundings, seat, worker, fresh=fresh)
+        task, pickled, surroundings = prepared
+        if worker.first is not None and worker.first is task.first:
+            pickled = pickle_task(task._replace(first=None), self._method)
+        elif is_plain(task):
+            (plain,) = pickled.payload
+            return hand_over_plain(bytes(plain), surroundings, lease, bell, worker)
+        return hand_over(pickled, surroundings, lease, bell, worker)
 
 
-def _spawn(theirs: socket.socket, ours: socket.socket) -> Started:
+def _tracker_fd() -> int:
+    """
+    Return multiprocessing's resource tracker, started if it is not there.
+
+    One for the whole tree, else a worker's would unlink what it made at its end. Its own way to
+    see whether it is there is to write to it, which wakes it for each job; that nobody reads from a
+    pipe any more is told by its other end, too.
+    """
+    fd: Optional[int] = _tracker._fd
+    if fd is not None:
+        poller = select.poll()
+        poller.register(fd, 0)  # errors are reported in any case
+        if not poller.poll(0):
+            return fd
+    # A fork must not find the tracker's own lock held, nor Ctrl-C leave a descriptor.
+    tracker: Any = resource_tracker
+    with deferred(), _forking.books_lock(), _forking.streams_held():
+        return int(tracker.getfd())
+
+
+def _spawn(theirs: socket.socket) -> tuple[int, int, Callable[[int, bool], Optional[int]]]:
     pid = start_interpreter("jobserver._worker._remote", [theirs.fileno()], UNTIL_JOB)
-    pidfd = open_pidfd(pid)
-    return Started(pid, pidfd, ours.fileno(), lambda: child_exit_status(pidfd))
+    return pid, open_pidfd(pid), child_exit_status

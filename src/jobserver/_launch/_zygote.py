@@ -27,25 +27,28 @@ import socket
 import struct
 import threading
 from multiprocessing import forkserver
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from jobserver import _forking
 from jobserver._fds import CLOEXEC, adopt, fds_of
-from jobserver._flight import Started
 from jobserver._worker._protocol import (
     EXITED,
     FAILED,
     FORK,
+    INT,
     MESSAGE,
     PING,
     QUERY,
     READY,
+    RIGHTS,
+    SPACE,
     THREADED,
 )
 
 from ._command import start_interpreter
 from ._prep import foundations, surroundings
 
+_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 _LENGTH = struct.Struct("<Q")
 
 
@@ -65,11 +68,24 @@ class ZygoteClient:
         self._connection: Optional[socket.socket] = None
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
+        # Of which workers the exit status may yet be wanted, and those that are known.
+        self._awaited: set[int] = set()
         self._exits: dict[int, int] = {}
         _forking.track(self, at_leisure=True)
 
-    def launch(self, theirs: socket.socket, ours: socket.socket) -> Started:
-        """Have a worker forked that owns ``theirs``; with a connection of its own."""
+    def launch(
+        self, theirs: socket.socket
+    ) -> tuple[int, int, Callable[[int, bool], Optional[int]]]:
+        """
+        Have a worker forked that owns ``theirs``.
+
+        Returns:
+            Its pid, its pidfd, and what tells its exit status.
+
+        Raises:
+            ZygoteDied: Perhaps when the worker had been forked. The next call starts another one.
+            OSError: The zygote cannot fork, or there is no descriptor left.
+        """
         with self._lock:
             # Numbers go on when the zygote is replaced, so none is ever asked for at another one.
             number = next(self._numbers)
@@ -77,46 +93,50 @@ class ZygoteClient:
                 kind, value, fds = self._request(FORK, number, theirs.fileno())
             except ZygoteDied:
                 self._forget()
-                kind, value, fds = self._request(FORK, number, theirs.fileno())
+                raise
         if kind == FAILED:
             raise OSError(value, f"the zygote cannot fork a worker: {os.strerror(value)}")
         if not fds:
             # Its pidfd was lost on the way. The worker ends when its channel is closed.
             raise OSError(errno.EMFILE, "no descriptor is left to watch a worker by")
         connection = self._connection
-        return Started(value, fds[0], ours.fileno(), lambda: self._exit_status(number, connection))
+        self._awaited.add(number)
+        return value, fds[0], lambda _pidfd, asked: self._exit_status(number, connection, asked)
 
-    def _exit_status(self, number: int, connection: Optional[socket.socket]) -> Optional[int]:
+    def _exit_status(
+        self,
+        number: int,
+        connection: Optional[socket.socket],
+        asked: bool,
+    ) -> Optional[int]:
         """Return the exit status of a worker that has ended; None when its zygote is gone, too."""
         with self._lock:
-            if number not in self._exits and connection is self._connection is not None:
-                try:
+            # That of a worker that has answered is of no interest, and to ask is to wait.
+            if asked and number not in self._exits and connection is self._connection is not None:
+                with contextlib.suppress(ZygoteDied, OSError):
                     self._request(QUERY, number)
-                except (ZygoteDied, OSError):
-                    return None
+            self._awaited.discard(number)
             return self._exits.pop(number, None)
 
     def _request(self, kind: int, number: int, fd: int = -1) -> tuple[int, int, list[int]]:
         connection = self._connection or self._connect()
         ancillary = []
         if fd >= 0:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            ancillary = [(*RIGHTS, INT.pack(fd))]
         try:
-            connection.sendmsg([MESSAGE.pack(kind, number, 0)], ancillary, socket.MSG_NOSIGNAL)
+            connection.sendmsg([MESSAGE.pack(kind, number, 0)], ancillary, _NOSIGNAL)
             return self._reply(connection, number)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ZygoteDied from error
 
     def _reply(self, connection: socket.socket, number: int) -> tuple[int, int, list[int]]:
         while True:
-            data, ancillary, _flags, _address = connection.recvmsg(
-                MESSAGE.size, socket.CMSG_SPACE(4), CLOEXEC
-            )
-            fds = fds_of(ancillary)
+            data, ancillary, _flags, _address = connection.recvmsg(MESSAGE.size, SPACE, CLOEXEC)
+            fds = fds_of(ancillary) if ancillary else []
             if not data:
                 raise ZygoteDied
             kind, answered, value = MESSAGE.unpack(data)
-            if kind == EXITED:
+            if kind == EXITED and answered in self._awaited:
                 self._exits[answered] = value
             if answered == number:
                 return kind, value, fds
@@ -210,7 +230,7 @@ class ZygoteClient:
     def after_fork_in_child(self, passed: frozenset[int]) -> None:  # noqa: ARG002
         """Keep the door; the connection and the ownership are the parent's, and closed here."""
         self._lock = threading.Lock()
-        self._exits = {}
+        self._awaited, self._exits = set(), {}
         if self._connection is not None:
             self._connection.detach()
             self._connection = None

@@ -18,8 +18,9 @@ from typing import Optional
 
 from jobserver import _forking
 
+from . import _own
 from ._lease import Lease
-from ._own import OwnSlot, own_slot
+from ._own import OwnSlot
 from ._pool import SlotPool
 
 
@@ -36,6 +37,7 @@ class ThreadSlot(OwnSlot):
     def __init__(self, pool: SlotPool, lease: Lease, bell: int) -> None:
         super().__init__(pool.key, bell=bell)
         self._first = self.lease = lease
+        self.consumes = True
         self.gone = False
         _forking.track(self)
 
@@ -68,7 +70,7 @@ def current_slot(pool: SlotPool) -> OwnSlot:
     for slot in _here.slots:
         if slot.attach(pool) and not slot.gone:
             return slot
-    return own_slot()
+    return _own._own
 
 
 def held_here(pool: SlotPool) -> Optional[OwnSlot]:

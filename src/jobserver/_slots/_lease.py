@@ -57,6 +57,11 @@ class Lease:
         """Return the descriptor that shares the lock, to be handed to the worker; -1 if plain."""
         return self._fd
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The numbers of its section and of its berth, by which others know it."""
+        return self.section.number, self.berth
+
     def release(self) -> None:
         """Put the token back. The lock is dropped for everybody who shares the description."""
         token, self._token = self._token, b""

@@ -53,33 +53,31 @@ class OwnSlot:
         place: Optional[tuple[int, int]] = None,
         bell: int = -1,
     ) -> None:
-        self._key = key
+        self.key = key
         self._fd = fd
         self._place = place
         self._outer_bell = bell
         self._inner_bell = -1
         self._first: Optional[Lease] = None
         self.lease: Optional[Lease] = None
+        # Whether the job came with a slot (and so must hold one to go on); known when attached.
+        self.consumes: bool = False
         # The thread that uses the slot for itself (``Jobserver.slot``); no other may lend it then.
         self.user = 0
 
     def attach(self, pool: SlotPool) -> bool:
         """Say whether this is a job on ``pool``; from then on its slot, if any, can be lent."""
-        if self._key != pool.key:
+        if self.key != pool.key:
             return False
         if self._first is None and self._place is not None:
             self._first = self.lease = pool.adopt(self._fd, *self._place)
+            self.consumes = True
         return True
-
-    @property
-    def consumes(self) -> bool:
-        """Whether the job came with a slot (and so must hold one to go on)."""
-        return self._first is not None
 
     @property
     def lent(self) -> bool:
         """Whether the job came with a slot and does not hold one now."""
-        return self._first is not None and self.lease is None
+        return self.consumes and self.lease is None
 
     @property
     def outer_bell(self) -> int:
@@ -121,6 +119,11 @@ class OwnSlot:
             return self._fd
         return self._first.leave() if self.lease is self._first else -1
 
+    def is_just(self, fd: int, place: Optional[tuple[int, int]], bell: int) -> bool:
+        """Say whether this is what the next job runs on: the same, and nobody has used it."""
+        unused = self._first is None and self._inner_bell < 0 and not self.user
+        return unused and self._fd == fd and self._place == place and self._outer_bell == bell
+
     def successor(self, fd: int, place: Optional[tuple[int, int]], bell: int) -> OwnSlot:
         """
         Return what the next job in this process runs on; after ``leave``.
@@ -128,14 +131,16 @@ class OwnSlot:
         It keeps the bell for its children: a reactor that outlives the job may have armed it, and
         would take another one of the same number for armed, too.
         """
-        slot = OwnSlot(self._key, fd, place, bell)
+        slot = OwnSlot(self.key, fd, place, bell)
         slot._inner_bell, self._inner_bell = self._inner_bell, -1
         while slot.heard():  # left by ringers that were killed
             os.read(slot._inner_bell, 64)
         return slot
 
-    def bell_for_child(self) -> int:
-        """Return the bell that a child is to ring, -1 for none."""
+    def bell_for_child(self, pool: SlotPool) -> int:
+        """Return the bell that a child on ``pool`` is to ring, -1 for none."""
+        if not self.attach(pool):
+            return -1
         if not self.consumes:
             return self._outer_bell  # its parent could lend nothing
         if self._inner_bell < 0:
@@ -190,6 +195,8 @@ class _ForgetInChild:
 
     def after_fork_in_child(self, passed: frozenset[int]) -> None:
         slot = _own
+        if slot.key is None:
+            return  # it was none before
         run_on(OwnSlot())
         for fd in (slot._outer_bell, slot._inner_bell, slot._fd):
             # A lease in use was closed by its pool; then this number is closed, or not ours.

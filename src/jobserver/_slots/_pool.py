@@ -42,6 +42,8 @@ class SlotPool:
     def __init__(self, slots: int, sections: list[Section], *, joined: bool = False) -> None:
         self.slots = slots
         self.sections: list[Section] = sections
+        for number, section in enumerate(sections):
+            section.number = number
         # The first section of a joined pool holds the implicit slot of this process tree.
         self.joined = joined
         # In the process that has joined an outer pool: what its janitor waits for; -1 before.
@@ -185,10 +187,6 @@ class SlotPool:
         """Make a lease of what somebody handed over."""
         home = self.sections[section]
         return Lease(self, fd, berth, home, b"+" if fd < 0 else b"")
-
-    def section_of(self, lease: Lease) -> int:
-        """Return the number of the section that a lease's token belongs to."""
-        return self.sections.index(lease.section)
 
     def sweep(self) -> int:
         """Put the tokens of dead holders back; any process may, at any time. Returns how many."""

@@ -55,6 +55,7 @@ class Section:
         self._names = [str(berth) for berth in berths]
         self.seats = seats
         self._hint = seats
+        self.number = 0  # among the sections of its pool
 
     def take(self, *, seat: bool = False) -> Optional[tuple[int, int]]:
         """

@@ -11,10 +11,18 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
+from jobserver import _forking
 from jobserver._slots._own import own_slot
-from jobserver._wire import DIED, RETURNED, STAYS, UNTIL_CLOSED, UNTIL_TAKEN, encode, send
+from jobserver._wire import (
+    DIED,
+    RETURNED,
+    STAYS,
+    UNTIL_CLOSED,
+    UNTIL_TAKEN,
+    send_frame,
+)
 
 from ._answer import Answer, answer_of, died, end_copy
 from ._process import finish_jobs, finish_process, flush_streams
@@ -23,22 +31,71 @@ if TYPE_CHECKING:
     from ._next import Next
 
 _SO_COOKIE = 57  # asked for at half the cost of fstat
+_getpid, _fstat = os.getpid, os.fstat
+
+
+def work_once(channel: int, call: Callable[[], Any]) -> NoReturn:
+    """
+    Run one job, answer, and end the process, whatever happens.
+
+    Args:
+        channel: A blocking descriptor.
+        call: The job; it has its arguments.
+    """
+    me, file = _getpid(), _fstat(channel).st_ino
+    answer = answer_of(call)
+    if _getpid() != me:
+        # fn has forked and let the child come back, too: only the original answers.
+        end_copy(answer)
+    del call  # what it refers to is not to outlive the job
+    _end(channel, file, answer)
+
+
+def _end(channel: int, file: int, answer: Answer, *, finished: bool = False) -> NoReturn:
+    """Finish everything, answer, and end the process."""
+    exitcode = 1
+    try:
+        try:
+            if not finished:
+                finish_process()
+        except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
+            answer = died(error)
+        kind, text, payload, exitcode = answer
+        own = own_slot()
+        flags = RETURNED if own.consumes and own.returned() else 0
+        if _is_still(channel, file):
+            send_frame(channel, kind, text, payload, flags, exitcode, UNTIL_CLOSED)
+        else:
+            exitcode = exitcode if kind == DIED else 1
+    except OSError:
+        # Whoever was to have the answer is gone.
+        exitcode = exitcode or 1
+    finally:
+        os._exit(exitcode)
+
+
+def _is_still(channel: int, file: int) -> bool:
+    # The job may have closed the channel, and opened another file under its number.
+    try:
+        return _fstat(channel).st_ino == file
+    except OSError:
+        return False
 
 
 class Worker:
     """
-    One process, and the channel on which its jobs are to be answered.
+    A process that may run several jobs, and the channel on which they are to be answered.
 
     Args:
         channel: A blocking descriptor.
-        next_jobs: Where further jobs come from; None if the first is the last one.
+        next_jobs: Where further jobs come from.
     """
 
     __slots__ = ("_channel", "_cookie", "_file", "_next")
 
-    def __init__(self, channel: int, next_jobs: Optional[Next]) -> None:
+    def __init__(self, channel: int, next_jobs: Next) -> None:
         self._channel = channel
-        self._file = os.fstat(channel).st_ino
+        self._file = _fstat(channel).st_ino
         self._cookie = b""
         self._next = next_jobs
 
@@ -49,77 +106,58 @@ class Worker:
         Args:
             call: The first job; it has its arguments.
         """
-        me = os.getpid()
-        if self._next is not None:
-            self._next.begin()
+        me = _getpid()
+        self._next.begin()
         while True:
             answer = answer_of(call)
-            if os.getpid() != me:
-                # fn has forked and let the child come back, too: only the original answers.
+            if _getpid() != me:
                 end_copy(answer)
+            del call  # what these refer to is not to outlive the job
             self._answer(answer)
-            del call, answer  # what they refer to is not to outlive the job
-            assert self._next is not None  # noqa: S101  # else answering has ended the process
+            del answer
             call = self._next.job()
 
     def _answer(self, answer: Answer) -> None:
         """Finish the job and answer; returns only if the worker stays."""
-        exitcode = 1
+        kind, text, payload, exitcode = answer
+        try:
+            finished = False
+            stays = kind != DIED and self._tidied()
+        except BaseException as error:  # noqa: BLE001  # Ctrl-C while jobs are waited for
+            answer, finished, stays = died(error), True, False
+        if not stays:
+            _end(self._channel, self._file, answer, finished=finished)
         stays = False
         try:
-            try:
-                stays = self._stays(answer)
-                if not stays:
-                    finish_process()
-            except BaseException as error:  # noqa: BLE001  # Ctrl-C while threads are being joined
-                answer, stays = died(error), False
-            exitcode = answer.exitcode
-            flags = (RETURNED if own_slot().returned() else 0) | (STAYS if stays else 0)
-            pieces = encode(
-                answer.kind,
-                answer.text,
-                answer.payload,
-                flags=flags,
-                exitcode=answer.exitcode,
-                lend=UNTIL_TAKEN if stays else UNTIL_CLOSED,
-            )
-            if stays and self._next is not None:
-                self._next.ready()
+            own = own_slot()
+            flags = STAYS | RETURNED if own.consumes and own.returned() else STAYS
+            self._next.ready()
             if self._is_open():
-                send(self._channel, pieces)
-            else:
-                stays = False
-                exitcode = exitcode if answer.kind == DIED else 1
+                send_frame(self._channel, kind, text, payload, flags, exitcode, UNTIL_TAKEN)
+                stays = True
         except OSError:
-            # Whoever was to have the answer is gone.
-            stays = False
-            exitcode = exitcode or 1
-        except BaseException:
-            stays = False
-            raise
+            pass  # whoever was to have the answer is gone
         finally:
             if not stays:
-                os._exit(exitcode)
+                os._exit(exitcode or 1)
 
-    def _stays(self, answer: Answer) -> bool:
-        if self._next is None or answer.kind == DIED:
-            return False
-        finish_jobs()
+    def _tidied(self) -> bool:
+        """Finish what the job has begun; False if its process must end for that."""
+        if not _forking._stale:  # else it has submitted nothing
+            finish_jobs()
         try:
-            tidied = self._next.tidy()
+            if not self._next.tidy():
+                return False
         except Exception:  # noqa: BLE001  # the job has replaced os.environ, say
-            return False
-        if not tidied:
             return False
         flush_streams()
         return True
 
     def _is_open(self) -> bool:
-        # The job may have closed the channel, and opened another file under its number.
-        sock = None if self._next is None else self._next.sock
+        sock = self._next.sock
         try:
             if sock is None or not self._cookie:
-                if os.fstat(self._channel).st_ino != self._file:
+                if not _is_still(self._channel, self._file):
                     return False
                 if sock is not None:
                     self._cookie = _cookie(sock)

@@ -7,9 +7,11 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
+from functools import partial
 from multiprocessing import process
 from typing import Any, Callable, NoReturn, Optional
 
@@ -18,18 +20,17 @@ from jobserver._fds import CLOEXEC, MOST, adopt, fds_of, refuse_truncated
 from jobserver._reader import FrameReader
 from jobserver._slots._own import own_slot, run_on
 from jobserver._spin import Spin
-from jobserver._wire import Frame, brief
+from jobserver._wire import Frame, brief, small_job
 
 from . import _inherit
 from ._process import finish_process
 from ._stay import Habitat, Stays, inhabit
-from ._task import Task
+from ._task import perform
 
 # The functions below signal's, which make enums of each signal.
 _CTRL_C = (int(signal.SIGINT),)
 _COUNT = struct.Struct("<I")
 _SIZE = 1 << 16
-_AT_ONCE = CLOEXEC | int(socket.MSG_DONTWAIT)
 _SPACE = socket.CMSG_SPACE(MOST * 4)
 
 
@@ -60,10 +61,15 @@ class Next:
         self._place = place
         self._bell = bell
         self._lease = -1
-        self._reader = FrameReader()
         self.sock: Optional[socket.socket] = None
+        self._look: Callable[[], Any]  # whether something has come; these two come with the socket
+        self._sleep: Callable[[], Any]
         self._quiet = _Quiet()
         self._spin = Spin()
+        # What has come and has not been run: of a small job the pickled task, else the frame.
+        self._small: Optional[bytes] = None
+        self._frame: Optional[Frame] = None
+        self._told: dict[str, Any] = {}
 
     def begin(self) -> None:
         """In the worker, before its first job."""
@@ -83,31 +89,73 @@ class Next:
         self._lease = own_slot().leave()
         if self.sock is None:
             self.sock = adopt(self._channel)
+            poller = select.poll()
+            poller.register(self._channel, select.POLLIN)
+            self._look = partial(poller.poll, 0)
+            self._sleep = partial(_read_once, self.sock, _SIZE)
             # So that waiting for too long costs no system call more than waiting.
             limit = struct.pack("ll", int(self._idle), int(self._idle % 1 * 1e6))
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     def job(self) -> Callable[[], Any]:
         """Wait for the next job; ends the process when there will be none."""
-        assert self.sock is not None  # noqa: S101  # made by `ready`
+        sock, own = self.sock, own_slot()
+        assert sock is not None  # noqa: S101  # made by `ready`
+        frame = None
         try:
-            frame, fds = receive_job(self.sock, *self._hear(self.sock), self._reader)
+            data, fds = self._hear(sock)
+            # Nearly all come so: small, and with nothing told about them.
+            self._small = None if fds else small_job(data)
+            if self._small is None:
+                frame, fds = receive_job(sock, data, fds)
         except (EOFError, ConnectionResetError):
             self._end()
+        if frame is None:
+            if _inherit._received:
+                _inherit.hold([])
+            if not own.is_just(self._lease, self._place, self._bell):
+                run_on(own.successor(self._lease, self._place, self._bell))
+            return self._run_small
+        self._frame = frame
         told: dict[str, Any] = pickle.loads(frame.segments[0]) if frame.segments[0] else {}  # noqa: S301
         if "place" in told:
             self._place = told["place"]
             self._lease = _exchange(self._lease, fds.pop(0))
         if "bell" in told:
             self._bell = _exchange(self._bell, fds.pop(0))
-        run_on(own_slot().successor(self._lease, self._place, self._bell))
+        run_on(own.successor(self._lease, self._place, self._bell))
         _inherit.hold(fds)
-        return _Job(frame, told, self._habitat, self._quiet).run
+        self._told = told
+        return self._run
+
+    # What is run refers to what it came in only until that has been unpacked.
+
+    def _run_small(self) -> Any:
+        small, self._small = self._small, None
+        assert small is not None  # noqa: S101  # run once
+        self._quiet.end()
+        try:
+            task = pickle.loads(small)  # noqa: S301
+        except Exception as error:
+            raise _refusal(error) from error
+        del small
+        return perform(*task)
+
+    def _run(self) -> Any:
+        frame, self._frame = self._frame, None
+        assert frame is not None  # noqa: S101  # run once
+        self._quiet.end()
+        if self._told:
+            self._habitat.change(self._told)
+        task = load(frame)
+        del frame
+        return perform(*task)
 
     def _hear(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """Wait for the first part of a job."""
         try:
-            return self._spin.wait(lambda: _read_at_once(sock), lambda: _read_once(sock, _SIZE))
+            heard: Any = self._spin.wait(self._look, self._sleep)
+            return heard if type(heard) is tuple else _read_once(sock, _SIZE)
         except BlockingIOError:
             # It has been long. From here on nobody can send us anything; what was sent before is
             # still to be heard, and the last job then.
@@ -148,32 +196,7 @@ class _Quiet:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self._mask)
 
 
-class _Job:
-    """One job; refers to what it came in only until it has been unpacked."""
-
-    def __init__(
-        self, frame: Frame, changes: dict[str, Any], habitat: Habitat, quiet: _Quiet
-    ) -> None:
-        self._frame: Optional[Frame] = frame
-        self._changes = changes
-        self._habitat = habitat
-        self._quiet = quiet
-
-    def run(self) -> Any:
-        self._quiet.end()
-        if self._changes:
-            self._habitat.change(self._changes)
-        return self._load().run()
-
-    def _load(self) -> Task:
-        frame, self._frame = self._frame, None
-        assert frame is not None  # noqa: S101  # run once
-        return load(frame)
-
-
-def receive_job(
-    sock: socket.socket, data: bytes, fds: list[int], reader: FrameReader
-) -> tuple[Frame, list[int]]:
+def receive_job(sock: socket.socket, data: bytes, fds: list[int]) -> tuple[Frame, list[int]]:
     """
     Receive a job and its descriptors, on a blocking stream; all of these close-on-exec.
 
@@ -181,7 +204,6 @@ def receive_job(
         sock: Where the rest comes from.
         data: What has been heard of it; there may be nothing yet.
         fds: The descriptors that came with that.
-        reader: For what does not come in one piece.
 
     Raises:
         EOFError, ConnectionResetError: Nothing more comes.
@@ -197,20 +219,23 @@ def receive_job(
     found = brief(data, _COUNT.size)
     if found is not None:
         return found, fds
-    reader.fds = fds
+    reader = FrameReader(fds)
     frame = reader.push(data[_COUNT.size :])
     while frame is None:
         frame = reader.feed(sock.fileno())
     return frame, fds
 
 
-def load(frame: Frame) -> Task:
+def load(frame: Frame) -> tuple[Any, ...]:
     """Unpickle a task."""
     try:
-        return Task(*frame.load())
+        return frame.load()  # type: ignore[no-any-return]
     except Exception as error:
-        message = f"the job could not be unpickled in the worker: {shown(error)}"
-        raise Untransferable(message) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> Untransferable:
+    return Untransferable(f"the job could not be unpickled in the worker: {shown(error)}")
 
 
 def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
@@ -222,16 +247,8 @@ def _read(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
             continue
 
 
-def _read_at_once(sock: socket.socket) -> Optional[tuple[bytes, list[int]]]:
-    """Read what is there; None if that is nothing."""
-    try:
-        return _read_once(sock, _SIZE, _AT_ONCE)
-    except BlockingIOError:
-        return None
-
-
-def _read_once(sock: socket.socket, size: int, how: int = CLOEXEC) -> tuple[bytes, list[int]]:
-    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE, how)
+def _read_once(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    data, ancillary, flags, _address = sock.recvmsg(size, _SPACE, CLOEXEC)
     if flags != CLOEXEC:  # which comes back, with what else is to be told
         refuse_truncated(flags)
     if not data:

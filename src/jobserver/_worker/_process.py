@@ -20,9 +20,16 @@ import signal
 import sys
 import threading
 from multiprocessing import process, util
-from typing import Any, Callable, Optional
+from typing import Any, Callable
+
+from jobserver import _forking
 
 NAME = "Jobserver-worker"
+
+# By names of this module: what a fresh child looks up as an attribute costs it a page or two more.
+_open, _close, _dup2 = os.open, os.close, os.dup2
+_freeze = gc.freeze
+_clear_exit_handlers, _set_wakeup_fd = atexit._clear, signal.set_wakeup_fd
 
 _process: Any = process
 _util: Any = util
@@ -67,60 +74,57 @@ class Identity:
 
     Args:
         parent_pid: What is to be their parent; 0 if that is told to ``assume``.
+        epoch: Tells the process that makes this from those forked from it.
     """
 
-    def __init__(self, parent_pid: int) -> None:
+    def __init__(self, parent_pid: int, epoch: int = 0) -> None:
         parent = _process._current_process
-        self._of = parent, parent.name, dict(parent._config), parent_pid
+        self._of = parent, parent._name, dict(parent._config), epoch
         me: Any = WorkerProcess(name=NAME)
         _process._dangling.discard(me)  # it is not one that somebody has forgotten to join
         me._parent_pid = parent_pid
         me._parent_name = parent.name
         me._config.pop("daemon", None)
-        self._me = me
         self._parent = _Parent(parent.name, parent_pid, -1)
-        self._counter = itertools.count(1)
-        self._children: set[Any] = set()
+        counter = itertools.count(1)
+        children: set[Any] = set()
+        self._parts = me, self._parent, counter, children
 
-    def holds(self, parent_pid: int) -> bool:
+    def holds(self, epoch: int) -> bool:
         """Say whether it still is what would be made now."""
         parent = _process._current_process
-        return self._of == (parent, parent.name, parent._config, parent_pid)
+        return self._of == (parent, parent._name, parent._config, epoch)
 
-    def numbered(self) -> tuple[int, ...]:
-        """Return what tells the next worker from the others, as multiprocessing counts them."""
-        return (*_process._current_process._identity, next(_process._process_counter))
-
-    def assume(
-        self, *, forked: bool, parent_pid: int = 0, number: Optional[tuple[int, ...]] = None
-    ) -> None:
+    def assume(self, *, forked: bool, parent_pid: int = 0, number: int = 0) -> None:
         """
         In the worker: be that process.
 
         Args:
             forked: Not started as an interpreter of its own.
             parent_pid: What is to be the parent, if that was not known before.
-            number: See ``numbered``; None for the first.
+            number: Tells it from the others, as multiprocessing counts them; 0 for the first.
         """
+        me, parent, counter, children = self._parts
         if parent_pid:
-            self._me._parent_pid = self._parent._pid = parent_pid
-        if number is not None:
-            self._me._identity = number
-        # What is frozen is not traversed by the collector, so its pages stay shared.
-        gc.freeze()
-        _process._process_counter = self._counter
-        _process._children = self._children
-        _process._current_process = self._me
-        _process._parent_process = self._parent
-        if forked and _util._afterfork_registry:
+            me._parent_pid = parent._pid = parent_pid
+        if number:
+            me._identity = (*_process._current_process._identity, number)
+            # What is frozen is not traversed by the collector, so its pages stay shared. A zygote
+            # has done that for all of its workers.
+            _freeze()
+        _process._process_counter = counter
+        _process._children = children
+        _process._current_process = me
+        _process._parent_process = parent
+        if forked and _util._afterfork_registry.data:
             _util._run_after_forkers()
 
 
 def forget_program() -> None:
     """In a process forked from the program, or in a zygote for all of its workers."""
-    atexit._clear()  # those of the program are the program's
+    _clear_exit_handlers()  # those of the program are the program's
     try:
-        signal.set_wakeup_fd(-1)  # the program's event loop must not hear of our signals
+        _set_wakeup_fd(-1)  # the program's event loop must not hear of our signals
     except ValueError:
         pass  # not the main thread
     if _util._finalizer_registry:
@@ -135,10 +139,10 @@ def leave_stdin() -> None:
     sys.stdin = _NO_INPUT  # first, as the end of what it was may close the descriptor
     if closed:
         return  # likewise
-    null = os.open(os.devnull, os.O_RDONLY)
+    null = _open("/dev/null", 0)
     if null:
-        os.dup2(null, 0, inheritable=True)
-        os.close(null)
+        _dup2(null, 0)  # inheritable
+        _close(null)
     else:
         os.set_inheritable(0, True)
 
@@ -158,7 +162,8 @@ def finish_jobs() -> None:
 
 def finish_process() -> None:
     """Finish everything that the job has begun in this process, as its end would."""
-    finish_jobs()
+    if not _forking._stale:  # else it has submitted nothing
+        finish_jobs()
     # Threads and hooks may submit more, so jobs are waited for after each of them.
     if len(_threading._active) > 1 or _threading._limbo:
         _finish(_threading._shutdown)

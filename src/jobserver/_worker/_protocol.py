@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 
 MESSAGE = struct.Struct("<BxxxQi")
@@ -16,3 +17,8 @@ THREADED = 5
 LAUNCHED = 6
 FAILED = 7
 EXITED = 8  # (exit status); unasked for any but 0
+
+# The one descriptor that may go along.
+RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
+INT = struct.Struct("i")
+SPACE = socket.CMSG_SPACE(INT.size)

@@ -8,23 +8,25 @@ import _signal  # type: ignore[import-not-found]
 import os
 import pickle
 import signal
+from functools import partial
 from multiprocessing import process, resource_tracker, spawn
 from typing import Any, NamedTuple, NoReturn, Optional
 
 from jobserver._errors import Unguarded, shown
 from jobserver._fds import adopt
-from jobserver._reader import FrameReader
 from jobserver._slots._own import OwnSlot, run_on
 from jobserver._wire import Frame
 
 from . import _inherit
-from ._main import Worker
+from ._main import Worker, work_once
 from ._next import Next, load, receive_job
 from ._process import NAME, Identity, shut_stdin
-from ._stay import Habitat, Stays
+from ._stay import Habitat, accept
+from ._task import perform
 
 # The functions below signal's, which make enums of each signal.
 _SIGINT = int(signal.SIGINT)
+_tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined, unused-ignore]
 
 
 class Heritage(NamedTuple):
@@ -33,7 +35,8 @@ class Heritage(NamedTuple):
     fresh child writes to must be copied first.
 
     Args:
-        told: What the zygote knew.
+        told: Of what the zygote knew, what it leaves to them: if it could not import main for its
+            threads, that.
         failure: Why it could not import the main module, if so.
         identity: Who they are.
     """
@@ -60,55 +63,56 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
     until_job = _signal.getsignal(_SIGINT)
     sock = adopt(channel)
     try:
-        frame, fds = receive_job(sock, b"", [], FrameReader())
+        frame, fds = receive_job(sock, b"", [])
     except (EOFError, ConnectionResetError):
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
-    changed = pickle.loads(frame.segments[0])  # noqa: S301
+    changed, seat, parent_pid, stays = pickle.loads(frame.segments[0])  # noqa: S301
     told, failure, identity = heritage or ({}, None, Identity(0))
-    identity.assume(forked=heritage is not None, parent_pid=changed["parent_pid"])
-    tracker: Any = resource_tracker
-    tracker._resource_tracker._fd = fds.pop(0)
-    key, has_lease, place, has_bell = changed["seat"]
+    identity.assume(forked=heritage is not None, parent_pid=parent_pid)
+    inherited, _tracker._fd = _tracker._fd, fds.pop(0)
+    if inherited is not None:
+        os.close(inherited)  # importing main in the zygote has opened it
+    key, has_lease, place, has_bell = seat
     lease = fds.pop(0) if has_lease else -1
     bell = fds.pop(0) if has_bell else -1
     run_on(OwnSlot(key, lease, place, bell))
-    _inherit.hold(fds)
-    stays: Optional[Stays] = changed["stays"]
-    habitat = Habitat({}, "")
-    next_jobs = None if stays is None else Next(channel, stays, habitat, place, bell)
-    task = _Held(frame)
+    if fds:
+        _inherit.hold(fds)
+    # In a list, as it is to be held only until it is unpacked.
+    job = partial(
+        _run_first, [frame], changed, told, failure, until_job, heritage is None, stays is not None
+    )
     del frame
+    if stays is None:
+        work_once(channel, job)
+    Worker(channel, Next(channel, stays, Habitat({}, ""), place, bell)).work(job)
 
-    def call() -> Any:
-        try:
-            if failure is not None:
-                raise failure
+
+def _run_first(
+    held: list[Frame],
+    changed: dict[str, Any],
+    told: dict[str, Any],
+    failure: Optional[RuntimeError],
+    until_job: Any,
+    spawned: bool,
+    stays: bool,
+) -> Any:
+    try:
+        if failure is not None:
+            raise failure
+        if changed or told:
             _prepare(changed, told)
-            if heritage is None:
-                shut_stdin()
-            if stays is not None:
-                habitat.accept()
-            job = load(task.take())
-        finally:
-            # Unless importing main has chosen another handler, or it is ignored.
-            if callable(until_job) and _signal.getsignal(_SIGINT) is until_job:
-                _signal.signal(_SIGINT, _signal.default_int_handler)
-        return job.run()
-
-    Worker(channel, next_jobs).work(call)
-
-
-class _Held:
-    """Refers to a frame until it is taken out."""
-
-    def __init__(self, frame: Frame) -> None:
-        self._frame: Optional[Frame] = frame
-
-    def take(self) -> Frame:
-        frame, self._frame = self._frame, None
-        assert frame is not None  # noqa: S101  # taken once
-        return frame
+        if spawned:
+            shut_stdin()
+        if stays:
+            accept()
+        task = load(held.pop())
+    finally:
+        # Unless importing main has chosen another handler, or it is ignored.
+        if callable(until_job) and _signal.getsignal(_SIGINT) is until_job:
+            _signal.signal(_SIGINT, _signal.default_int_handler)
+    return perform(*task)
 
 
 def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
@@ -119,9 +123,7 @@ def _prepare(changed: dict[str, Any], told: dict[str, Any]) -> None:
     state: Any = process.current_process()
     state._inheriting = True
     try:
-        # A zygote that could not import main for its threads leaves that to us.
-        main = {key: value for key, value in told.items() if key.startswith("init_main")}
-        spawn.prepare({**changed, **main, "name": NAME})  # type: ignore[attr-defined, unused-ignore]
+        spawn.prepare({**changed, **told, "name": NAME})  # type: ignore[attr-defined, unused-ignore]
     except Unguarded:
         raise
     except BaseException as error:

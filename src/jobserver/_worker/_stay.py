@@ -87,7 +87,11 @@ class Habitat:
         """Undo what the job has left; False if that cannot be, so that this worker is to end."""
         if not self._directory:
             return False  # nothing could be made ready here for any job
-        if _spoiled or self._unfinished() or _streams_closed():
+        threads = len(_threading._active) > 1 or _threading._limbo
+        perhaps = threads or _process._children or _util._finalizer_registry
+        if _spoiled or (perhaps and self._unfinished()):
+            return False
+        if getattr(sys.stdout, "closed", False) or getattr(sys.stderr, "closed", False):
             return False
         environ: Any = os.environ
         if environ._data != self._environ:
@@ -138,8 +142,6 @@ class Habitat:
         for key in _util._finalizer_registry:
             if key[0] is not None and key not in self._residents:
                 return True
-        if len(_threading._active) == 1 and not _threading._limbo:
-            return False
         return any(
             not (thread.daemon or thread is threading.main_thread() or thread in self._residents)
             for thread in threading.enumerate()
@@ -150,7 +152,3 @@ def variables() -> dict[bytes, bytes]:
     """Return the variables of the environment, encoded."""
     environ: Any = os.environ
     return dict(getattr(environ, "_data", environ))  # else the program has replaced it
-
-
-def _streams_closed() -> bool:
-    return getattr(sys.stdout, "closed", False) or getattr(sys.stderr, "closed", False)

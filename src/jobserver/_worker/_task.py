@@ -33,18 +33,36 @@ class Task(NamedTuple):
 
     def run(self) -> Any:
         """Apply env and preexec_fn, then call fn."""
-        for name, value in self.env.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        manager = None if self.preexec_fn is None else manager_of(self.preexec_fn)
-        if manager is None:
-            if self.first is not None:
-                self.first()
-            return self.fn(*self.args, **self.kwargs)
-        with manager:
-            if self.first is not None:
-                self.first()
-            return self.fn(*self.args, **self.kwargs)
-        return None  # the manager has suppressed fn's exception
+        return perform(*self)
+
+
+def perform(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    env: dict[str, Optional[str]],
+    preexec_fn: Optional[Callable[[], Any]],
+    first: Optional[Callable[[], Any]] = None,
+) -> Any:
+    """Run a task that has come in parts; see ``Task``."""
+    if env:
+        _apply(env)
+    if preexec_fn is not None:
+        manager = manager_of(preexec_fn)
+        if manager is not None:
+            with manager:
+                if first is not None:
+                    first()
+                return fn(*args, **kwargs)
+            return None  # the manager has suppressed fn's exception
+    if first is not None:
+        first()
+    return fn(*args, **kwargs)
+
+
+def _apply(env: dict[str, Optional[str]]) -> None:
+    for name, value in env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

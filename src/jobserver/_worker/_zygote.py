@@ -14,7 +14,6 @@ Guarantees:
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import array
 import errno
 import gc
 import importlib
@@ -34,8 +33,10 @@ from typing import Any, NoReturn, Optional
 
 # All that a worker needs is imported here, once, so that no worker has to.
 from jobserver import (
+    _forking,
     _jobserver,  # noqa: F401
     _large,
+    _map,  # noqa: F401
 )
 from jobserver._errors import Unguarded
 from jobserver._fds import CLOEXEC, adopt, fds_of
@@ -47,15 +48,20 @@ from ._protocol import (
     EXITED,
     FAILED,
     FORK,
+    INT,
     LAUNCHED,
     MESSAGE,
     PING,
     QUERY,
     READY,
+    RIGHTS,
+    SPACE,
     THREADED,
 )
+from ._rehearsal import rehearse
 from ._remote import Heritage, serve
 
+_AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _LENGTH = struct.Struct("<Q")
 
 
@@ -78,7 +84,11 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     forget_program()
     _large.prepare()
     inherit_door(door, told)
-    heritage = Heritage(told, failure, Identity(0))
+    main = {key: value for key, value in told.items() if key.startswith("init_main")}
+    heritage = Heritage(main, failure, Identity(0))
+    if not threaded:
+        with suppress(Exception):  # it is good for nothing but speed
+            rehearse()
     gc.collect()
     gc.freeze()
     _Zygote(server, alive, heritage, threaded=threaded).serve()
@@ -141,9 +151,12 @@ class _Client:
         self.unsent: deque[tuple[bytes, int]] = deque()
         self.children: dict[int, _Child] = {}
         self.gone = False
+        self.waits = False  # for room, by our epoll
 
     def send(self, kind: int, number: int, value: int, fd: int = -1) -> None:
         """Send a message, now or as soon as there is room."""
+        if not self.unsent and self._send(MESSAGE.pack(kind, number, value), fd):
+            return
         kept = -1
         if fd >= 0:
             # Out of descriptors: the client, who misses this one, gives the worker up.
@@ -156,20 +169,24 @@ class _Client:
         """Send what there is room for."""
         while self.unsent:
             data, fd = self.unsent[0]
-            ancillary = []
-            if fd >= 0:
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-            try:
-                if not self.gone:
-                    flags = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-                    self.sock.sendmsg([data], ancillary, flags)
-            except BlockingIOError:
+            if not self._send(data, fd):
                 return
-            except OSError:
-                self.gone = True
             self.unsent.popleft()
             if fd >= 0:
                 os.close(fd)
+
+    def _send(self, data: bytes, fd: int) -> bool:
+        """Say whether that is done, be it that nobody is there any more."""
+        if self.gone:
+            return True
+        ancillary = [(*RIGHTS, INT.pack(fd))] if fd >= 0 else ()
+        try:
+            self.sock.sendmsg([data], ancillary, _AT_ONCE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.gone = True
+        return True
 
 
 class _Zygote:
@@ -188,14 +205,17 @@ class _Zygote:
         """Handle events until the owner is gone."""
         while True:
             for fd, mask in self._epoll.poll():
-                if fd == self._alive:
+                child = self._children.pop(fd, None)
+                if child is not None:
+                    self._reap(child)
+                    continue
+                client = self._clients.get(fd)
+                if client is not None:
+                    self._attend(client, mask)
+                elif fd == self._alive:
                     os._exit(0)
-                if fd == self._server.fileno():
+                elif fd == self._server.fileno():
                     self._admit()
-                elif fd in self._children:
-                    self._reap(self._children.pop(fd))
-                elif fd in self._clients:
-                    self._attend(self._clients[fd], mask)
 
     def _admit(self) -> None:
         _data, ancillary, _flags, _address = self._server.recvmsg(1, socket.CMSG_SPACE(4), CLOEXEC)
@@ -204,17 +224,19 @@ class _Zygote:
             self._epoll.register(fd, select.EPOLLIN)
 
     def _attend(self, client: _Client, mask: int) -> None:
-        client.flush()
-        if mask & ~select.EPOLLOUT:
-            data, fds = b"", []
-            with suppress(ConnectionResetError):  # gone, with replies unread
+        if client.unsent:
+            client.flush()
+        if mask != select.EPOLLOUT:
+            try:
                 data, ancillary, _flags, _address = client.sock.recvmsg(
-                    MESSAGE.size, socket.CMSG_SPACE(4), CLOEXEC
+                    MESSAGE.size, SPACE, CLOEXEC
                 )
-                fds = fds_of(ancillary)
+            except ConnectionResetError:  # gone, with replies unread
+                data, ancillary = b"", []
             if not data:
                 self._dismiss(client)
                 return
+            fds = fds_of(ancillary) if ancillary else []
             kind, number, _value = MESSAGE.unpack(data)
             if kind == PING:
                 client.send(THREADED if self._threaded else READY, number, 0)
@@ -225,8 +247,8 @@ class _Zygote:
                 self._fork(client, number, fds[0])
             elif kind == QUERY:
                 self._tell_exit(client, number)
-        wanted = select.EPOLLIN | (select.EPOLLOUT if client.unsent else 0)
-        self._epoll.modify(client.sock.fileno(), wanted)
+        if client.unsent or client.waits:
+            self._rearm(client)
 
     def _dismiss(self, client: _Client) -> None:
         client.gone = True
@@ -238,7 +260,7 @@ class _Zygote:
 
     def _fork(self, client: _Client, number: int, channel: int) -> None:
         try:
-            pid = os.fork()
+            pid = _forking.fork(())
         except OSError as error:
             os.close(channel)
             client.send(FAILED, number, error.errno or 0)
@@ -257,7 +279,6 @@ class _Zygote:
         client.children[number] = self._children[pidfd] = child
         self._epoll.register(pidfd, select.EPOLLIN)
         client.send(LAUNCHED, number, pid, pidfd)
-        self._rearm(client)
 
     def _become_worker(self, channel: int) -> NoReturn:
         try:
@@ -285,7 +306,8 @@ class _Zygote:
         exitcode = os.waitstatus_to_exitcode(status)
         if exitcode or child.queried:
             client.send(EXITED, child.number, exitcode)
-            self._rearm(client)
+            if client.unsent:
+                self._rearm(client)
 
     def _tell_exit(self, client: _Client, number: int) -> None:
         child = client.children.get(number)
@@ -296,5 +318,7 @@ class _Zygote:
             child.queried = True
 
     def _rearm(self, client: _Client) -> None:
-        if client.unsent and not client.gone:
-            self._epoll.modify(client.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        client.waits = bool(client.unsent)
+        if client.sock.fileno() in self._clients:
+            wanted = select.EPOLLIN | (select.EPOLLOUT if client.waits else 0)
+            self._epoll.modify(client.sock.fileno(), wanted)
