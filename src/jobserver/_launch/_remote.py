@@ -54,11 +54,7 @@ class RemoteLauncher:
         return Prepared(task, pickle_task(task, self._method), watched())
 
     def launch(
-        self,
-        prepared: Prepared,
-        lease: Optional[Lease],
-        bell: int,
-        stays: Optional[Stays],
+        self, prepared: Prepared, lease: Optional[Lease], bell: int, stays: Optional[Stays]
     ) -> Flight:
         """Start a worker, and send it its task."""
         try:
@@ -68,11 +64,7 @@ class RemoteLauncher:
             return self._launch(prepared, lease, bell, stays)
 
     def _launch(
-        self,
-        prepared: Prepared,
-        lease: Optional[Lease],
-        bell: int,
-        stays: Optional[Stays],
+        self, prepared: Prepared, lease: Optional[Lease], bell: int, stays: Optional[Stays]
     ) -> Flight:
         ours, theirs = _forking.open_sockets(socket.SOCK_STREAM)
         try:
