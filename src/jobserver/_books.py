@@ -25,8 +25,8 @@ from ._outcome import Outcome
 from ._poller import Poller
 from ._signals import deferred
 from ._sleeper import Sleeper
-from ._slots import _own
 from ._slots._lease import Lease
+from ._slots._own import own_slot
 from ._slots._pool import SlotPool
 from ._wire import RETURNED, STAYS, Frame
 
@@ -166,17 +166,13 @@ class Books:
         lease, flight.lease = flight.lease, None
         frame, flight.frame = flight.frame, None
         gone = flight.exited or flight.signalled or self.closed or self._dropped
-        if lease is not None and (frame is None or frame.flags & RETURNED or _own._own.consumes):
+        if lease is not None and (frame is None or frame.flags & RETURNED or own_slot().consumes):
             lease = self._slot_back(future, frame, lease)
         stays = frame is not None and frame.flags & STAYS and flight.sock is not None
         if gone or not stays or not self.crew.rest(flight, lease):
             if lease is not None:
                 lease.release()
-            if flight.channel >= 0:
-                flight.close_channel()
-            if flight.pidfd >= 0 and not flight.lingers:
-                flight.lingers = True
-                self._lingering += 1
+            self._dismiss(flight)
         death = flight.death() if frame is None else None
         future._outcome = Outcome(frame, death)
         if future._callbacks:
@@ -193,7 +189,7 @@ class Books:
         self, future: Future[Any], frame: Optional[Frame], lease: Lease
     ) -> Optional[Lease]:
         """Return the lease if its token is there, and nobody here waits for it."""
-        own = _own._own
+        own = own_slot()
         mine = lease.reclaim() if frame is None else not frame.flags & RETURNED
         if not mine:
             lease.abandon()

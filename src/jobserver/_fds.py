@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import _socket
 import array
 import contextlib
 import errno
@@ -13,9 +12,9 @@ import select
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 from . import _forking
+from ._forking import AF_UNIX, PlainSocket
 from ._signals import lifted
 from ._wire import IOV_MAX, TASK, Buffer, Pieces, brief_frame, write_all
 
@@ -26,21 +25,16 @@ MOST = 250
 CLOEXEC = socket.MSG_CMSG_CLOEXEC
 _COUNT = struct.Struct("<I")
 _INT = struct.Struct("i")
-# Without the methods in Python, and made in a fifth of the time.
-_plain: Any = _socket.socket
-_AF_UNIX = int(socket.AF_UNIX)
 _NO_FDS = _COUNT.pack(0)
 
 
 def adopt(fd: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a socket object for a Unix socket, whose mode (blocking or not) stays as it is."""
-    timeout = socket.getdefaulttimeout()
-    if timeout is None:
-        return _plain(_AF_UNIX, kind, 0, fd)  # type: ignore[no-any-return]
-    # Set by the user for other sockets than ours; it would make this one non-blocking.
-    blocking = os.get_blocking(fd)
-    sock: socket.socket = _plain(_AF_UNIX, kind, 0, fd)
-    sock.setblocking(blocking)
+    # A default timeout, set by the user for other sockets than ours, would make it non-blocking.
+    blocking = None if socket.getdefaulttimeout() is None else os.get_blocking(fd)
+    sock: socket.socket = PlainSocket(AF_UNIX, kind, 0, fd)
+    if blocking is not None:
+        sock.setblocking(blocking)
     return sock
 
 

@@ -178,8 +178,7 @@ class Flight:
 
     def kill(self) -> None:
         """End a worker that nobody will track, and close what belongs to it."""
-        if self.sock is not None:
-            self.sock.detach()
+        self._detach()
         _forking.close(self.channel)
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):  # ended, and reaped by the zygote
@@ -208,8 +207,7 @@ class Flight:
         if self.held:
             _forking.owned.add(fd)  # somebody is writing to it, who will close it: see `let_go`
             return
-        if self.sock is not None:
-            self.sock.detach()  # the number is ours to close
+        self._detach()
         os.close(fd)
 
     def let_go(self) -> None:
@@ -220,14 +218,17 @@ class Flight:
             if fd >= 0:
                 _forking.close(fd)
 
+    def _detach(self) -> None:
+        if self.sock is not None:
+            self.sock.detach()  # the number is ours to close
+
     def forget(self) -> None:
         """In a forked child, where the parent's descriptors have been closed."""
         self.channel = self.pidfd = -1
-        if self.sock is not None:
-            self.sock.detach()
+        self._detach()
 
 
-def child_exit_status(pidfd: int, _asked: bool = True) -> Optional[int]:
+def child_exit_status(pidfd: int, _asked: bool) -> Optional[int]:
     """Reap the child behind ``pidfd``; None when another part of the program reaped it first."""
     if pidfd < 0:
         return None

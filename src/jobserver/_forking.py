@@ -20,7 +20,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import _socket as _plain_socket
+import _socket
 import contextlib
 import fcntl
 import os
@@ -36,8 +36,10 @@ class _Tracked(Protocol):
     def after_fork_in_child(self, passed: frozenset[int]) -> None: ...
 
 
-_socket: Any = _plain_socket
-_AF_UNIX = int(socket.AF_UNIX)
+# Sockets without the methods in Python, which are made in a fifth of the time.
+PlainSocket: Any = _socket.socket
+AF_UNIX = int(socket.AF_UNIX)
+_socketpair: Any = _socket.socketpair
 # What a fresh child looks up as an attribute of a module costs it a page or two more.
 _close, _get_ident = os.close, threading.get_ident
 # Descriptors that are this process's alone.
@@ -154,11 +156,10 @@ def open_pipe() -> tuple[int, int]:
 def open_sockets(kind: int) -> tuple[socket.socket, socket.socket]:
     """Open a pair of Unix sockets, and note both."""
     with _lock:
-        # Those without the methods in Python are made in a fifth of the time.
-        ours, theirs = _socket.socketpair(_AF_UNIX, kind)
+        ours, theirs = _socketpair(AF_UNIX, kind)
         if ours.fileno() < 3 or theirs.fileno() < 3:
             fds = _both_lifted(ours.detach(), theirs.detach())
-            ours, theirs = (_socket.socket(_AF_UNIX, kind, 0, fd) for fd in fds)
+            ours, theirs = (PlainSocket(AF_UNIX, kind, 0, fd) for fd in fds)
         if socket.getdefaulttimeout() is not None:  # the user's, which is not about ours
             ours.settimeout(None)
             theirs.settimeout(None)
@@ -194,10 +195,14 @@ def stale() -> bool:
 def _forget_at_leisure() -> None:
     global _stale  # noqa: PLW0603
     _stale = False
-    for ref in list(_at_leisure.values()):
+    _tell(_at_leisure, frozenset())
+
+
+def _tell(tracked: dict[int, weakref.ref[Any]], passed: frozenset[int]) -> None:
+    for ref in list(tracked.values()):
         thing = ref()
         if thing is not None:
-            thing.after_fork_in_child(frozenset())
+            thing.after_fork_in_child(passed)
 
 
 def _after_in_child() -> None:
@@ -215,10 +220,7 @@ def _after_in_child() -> None:
             except OSError:  # the program has closed what is not its own
                 pass
     owned.clear()
-    for ref in list(_at_once.values()):
-        thing = ref()
-        if thing is not None:
-            thing.after_fork_in_child(passed)
+    _tell(_at_once, passed)
     _stale = True
     if found is None:
         _forget_at_leisure()

@@ -9,8 +9,6 @@ from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, TypeVar, Union
 
-from . import _forking
-from ._callbacks import issue_due
 from ._check import (
     Env,
     check_args,
@@ -194,8 +192,7 @@ class Jobserver(Commands):
         """
         # A call of ours costs as much as many a job's share of all this, and under fork the page of
         # each function is copied for each job. So what is as it mostly is goes without.
-        if not callable(fn):
-            check_callable("fn", fn)
+        check_callable("fn", fn)
         if type(args) is not tuple:
             args = check_args(args)
         named = {} if kwargs is _NOTHING else check_kwargs(kwargs)
@@ -210,25 +207,21 @@ class Jobserver(Commands):
             gate = sleep_fn
         deadline = None if timeout is None else deadline_of(timeout)
         shared = self._shared
-        reactor, admission = shared.reactor, shared.admission
-        if _forking._stale or reactor.closed:
-            shared.refuse_closed()
+        admission = shared.admission
+        shared.refuse_closed()
         task = Task(fn, args, named, changes, preexec)
         taken: list[Lease] = []
         # Once for all steps; code of the user's runs, and what may last waits, with them lifted.
         with Deferred() as signals:
             try:
-                if reactor.poller.watched:
-                    reactor.look()
-                if reactor.ready:
-                    issue_due(reactor)
+                admission.reap_keeping()
                 if gate is not None:
                     with signals.lifted():
                         admission.gate(gate, deadline)
                 if consume:
                     admission.take(taken, deadline)
                 else:
-                    reactor.unload()
+                    shared.reactor.unload()
                 return shared.start(task, taken, lends=self._lend)
             except BaseException:
                 admission.give_all_back(taken, unheard=True)

@@ -161,7 +161,7 @@ class Shared:
             lent = own.consumes and own.lease is None and lease is not None
             if self.reactor.crew.loaded and not is_plain(task):
                 self.reactor.unload()  # pickling runs code of the user's
-            prepared = task if self.method == "fork" else self.launcher.prepare(task)
+            prepared = self.launcher.prepare(task)
             unheard = False
             bell = -1 if own.key is None else own.bell_for_child(self.slots)
             if (

@@ -205,12 +205,12 @@ def send_frame(
     exitcode: int,
     lend: int,
 ) -> None:
-    """Make a frame of these, see ``encode``, and send it, see ``send``."""
+    """Make a frame of these, see ``encode``, and send it, see ``send``; a small one at once."""
     pickled = payload[0]
     if text or len(payload) > 1 or type(pickled) is not bytes or len(pickled) >= _JOINED:
         send(fd, encode(kind, text, payload, flags=flags, exitcode=exitcode, lend=lend))
         return
-    data = _BRIEF.pack(MAGIC, kind, flags, exitcode, 2, 0, len(pickled)) + pickled
+    data = brief_frame(kind, pickled, flags, exitcode)
     sent = _write(fd, data)
     while sent < len(data):
         sent += _write(fd, data[sent:])

@@ -82,7 +82,7 @@ class ForkLauncher:
         if identity is None or not identity.holds(epoch):
             identity = self._identity = Identity(os.getpid(), epoch)
         number = next(_process._process_counter)
-        lease_fd = -1 if lease is None else lease._fd
+        lease_fd = -1 if lease is None else lease.fileno()
         mask = _signals.outside()
         try:
             pid = _forking.fork((writer, lease_fd, bell))
@@ -134,9 +134,10 @@ class ForkLauncher:
 
 
 def _close(reader: int, sock: Optional[socket.socket]) -> None:
-    if sock is not None:
-        sock.detach()
-    _forking.close(reader)
+    if sock is None:
+        _forking.close(reader)
+    else:
+        _forking.close_socket(sock)
 
 
 def open_pidfd(pid: int) -> int:

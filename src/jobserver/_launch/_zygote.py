@@ -15,7 +15,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import array
 import atexit
 import contextlib
 import errno
@@ -150,8 +149,7 @@ class ZygoteClient:
             return self._connection
         assert self._door is not None  # noqa: S101
         ours, theirs = _forking.open_sockets(socket.SOCK_SEQPACKET)
-        fds = array.array("i", [theirs.fileno()])
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+        ancillary = [(*RIGHTS, INT.pack(theirs.fileno()))]
         try:
             self._door.sendmsg([b"+"], ancillary, socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError) as error:

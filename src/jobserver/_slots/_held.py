@@ -18,9 +18,8 @@ from typing import Optional
 
 from jobserver import _forking
 
-from . import _own
 from ._lease import Lease
-from ._own import OwnSlot
+from ._own import OwnSlot, own_slot
 from ._pool import SlotPool
 
 
@@ -70,7 +69,7 @@ def current_slot(pool: SlotPool) -> OwnSlot:
     for slot in _here.slots:
         if slot.attach(pool) and not slot.gone:
             return slot
-    return _own._own
+    return own_slot()
 
 
 def held_here(pool: SlotPool) -> Optional[OwnSlot]:

@@ -31,10 +31,6 @@ class Task(NamedTuple):
     preexec_fn: Optional[Callable[[], Any]]
     first: Optional[Callable[[], Any]] = None  # called once in each worker
 
-    def run(self) -> Any:
-        """Apply env and preexec_fn, then call fn."""
-        return perform(*self)
-
 
 def perform(
     fn: Callable[..., Any],
@@ -44,7 +40,7 @@ def perform(
     preexec_fn: Optional[Callable[[], Any]],
     first: Optional[Callable[[], Any]] = None,
 ) -> Any:
-    """Run a task that has come in parts; see ``Task``."""
+    """Run a task, given its parts: apply env and preexec_fn, then call fn."""
     if env:
         _apply(env)
     if preexec_fn is not None:
