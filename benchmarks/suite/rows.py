@@ -144,14 +144,15 @@ def _parent() -> Group:
         "parent",
         "From a large program",
         "Jobs that do nothing, from a program that has so much memory in pieces of 4 kB, or that"
-        " has imported 500 modules of about 200 lines.",
+        " has imported 500 modules of about 200 lines. Crowds of one second; with so much memory of"
+        " four, as a second is some forty jobs there.",
         RATES,
         rounds=5,
     )
     names = f"{FRESH} ours-warm-fork ours-warm-forkserver floor-fork floor-promises"
     group.add("crowd", names, "as it is")
     for megabytes, setting in ((256, "256 MB"), (1024, "1 GB")):
-        group.add("crowd", names, setting, megabytes=megabytes)
+        group.add("crowd", names, setting, megabytes=megabytes, seconds=4.0)
     group.add("crowd", names, "500 modules", modules=500)
     return group
 

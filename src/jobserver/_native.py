@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The jobserver authors
 """
-What only the C interfaces offer: addresses, memory that nobody has cleared, another's memory.
+What only the C interfaces offer: addresses, memory that nobody has cleared, another's memory; and
+what the kernel is to do about memory.
 
-Imported when the first large buffer comes by, and only if ``ctypes`` can be: see ``_large``.
+Imported when the first large buffer comes by (``_large``), or when forks are dear (``_collapse``),
+and only if ``ctypes`` can be.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ _python = ctypes.PyDLL(None)
 _system = ctypes.CDLL(None)
 
 _MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25
+# The others that mincore sets are reserved.
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))
 _PYBUF_SIMPLE = 0
 _PYBUF_WRITE = 0x200
 
@@ -56,6 +61,7 @@ _new: dict[Any, Any] = {
     bytearray: _declare(_python, "PyByteArray_FromStringAndSize", _object, _pointer, _size),
 }
 _madvise = _declare(_system, "madvise", _int, _pointer, ctypes.c_size_t, _int)
+_mincore = _declare(_system, "mincore", _int, _pointer, ctypes.c_size_t, _pointer)
 _process_vm_readv = _declare(
     _system, "process_vm_readv", _size, _int, _pointer, _long, _pointer, _long, _long
 )
@@ -97,3 +103,17 @@ def read_memory(
     theirs = _TwoParts(source, size, token_source, len(token))
     count = _process_vm_readv(pid, ctypes.byref(ours), 2, ctypes.byref(theirs), 2, 0)
     return bool(count == size + len(token))
+
+
+def in_memory(address: int, length: int) -> bytes:
+    """Return a byte for each page, 1 if it is in memory; none if they are not all mapped."""
+    count = -(-length // mmap.PAGESIZE)
+    found = ctypes.create_string_buffer(count)
+    if _mincore(address, length, found):
+        return b""
+    return found.raw.translate(_LOWEST_BIT)
+
+
+def collapse(address: int, length: int) -> bool:
+    """Have memory in huge pages, from one boundary of these to another; False if not all is."""
+    return not _madvise(address, length, _MADV_COLLAPSE)

@@ -17,10 +17,12 @@ import socket
 import sys
 from functools import partial
 from multiprocessing import process
+from time import thread_time
 from typing import Any, NoReturn, Optional
 
 from jobserver import _forking, _signals
 from jobserver._callbacks import start_afresh
+from jobserver._collapse import DEAR, forked
 from jobserver._flight import Flight, child_exit_status
 from jobserver._slots._lease import Lease
 from jobserver._slots._own import OwnSlot, run_on
@@ -84,6 +86,7 @@ class ForkLauncher:
         number = next(_process._process_counter)
         lease_fd = -1 if lease is None else lease.fileno()
         mask = _signals.outside()
+        began = thread_time()
         try:
             pid = _forking.fork((writer, lease_fd, bell))
             if pid == 0:
@@ -97,6 +100,7 @@ class ForkLauncher:
             _forking.close(writer)
             _close(reader, ours)
             raise
+        took = thread_time() - began
         _forking.close(writer)
         os.set_blocking(reader, False)
         try:
@@ -114,6 +118,8 @@ class ForkLauncher:
             except BaseException:
                 flight.kill()  # there is still time
                 raise
+        if took > DEAR:
+            forked(took)
         return flight
 
     def hand_over(self, prepared: Task, lease: Lease, bell: int, worker: Flight) -> bool:

@@ -24,8 +24,8 @@ import pickle
 import signal
 import socket
 import struct
+import sys
 import threading
-from multiprocessing import forkserver
 from typing import Any, Callable, Optional
 
 from jobserver import _forking
@@ -163,13 +163,15 @@ class ZygoteClient:
     def _start(self, *, import_main: bool) -> None:
         """Start a zygote and wait until it is ready."""
         known = surroundings()
-        preload: Any = getattr(forkserver, "_forkserver", None)
+        # Imported if the program has said what to preload; it would bring much along to the zygote.
+        preload: Any = sys.modules.get("multiprocessing.forkserver")
+        names: list[str] = preload._forkserver._preload_modules if preload is not None else []
         told = {
             **foundations(),
             **known,
             "import_main": import_main,
             "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
-            "preload": [name for name in preload._preload_modules if name != "__main__"],
+            "preload": [name for name in names if name != "__main__"],
         }
         door, server = _forking.open_sockets(socket.SOCK_SEQPACKET)
         reader, writer = _forking.open_pipe()

@@ -28,6 +28,7 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from multiprocessing import process, spawn
+from time import thread_time
 from types import FrameType
 from typing import Any, NoReturn, Optional
 
@@ -38,6 +39,7 @@ from jobserver import (
     _large,
     _map,  # noqa: F401
 )
+from jobserver._collapse import DEAR, forked
 from jobserver._errors import Unguarded
 from jobserver._fds import CLOEXEC, adopt, fds_of
 from jobserver._launch._zygote import inherit_door
@@ -259,6 +261,7 @@ class _Zygote:
         client.sock.close()
 
     def _fork(self, client: _Client, number: int, channel: int) -> None:
+        began = thread_time()
         try:
             pid = _forking.fork(())
         except OSError as error:
@@ -267,6 +270,7 @@ class _Zygote:
             return
         if pid == 0:
             self._become_worker(channel)
+        took = thread_time() - began
         os.close(channel)
         try:
             pidfd = os.pidfd_open(pid)
@@ -279,6 +283,8 @@ class _Zygote:
         client.children[number] = self._children[pidfd] = child
         self._epoll.register(pidfd, select.EPOLLIN)
         client.send(LAUNCHED, number, pid, pidfd)
+        if took > DEAR:
+            forked(took)
 
     def _become_worker(self, channel: int) -> NoReturn:
         try:

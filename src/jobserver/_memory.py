@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""How much memory this process has, and how much more it may have. Linux; OSError elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+
+_CGROUPS = "/sys/fs/cgroup"
+_GROUPS = "/proc/self/cgroup"
+# What a control group tells of its memory: the limit, and what is in use.
+_FILES = {
+    "": ("", "memory.max", "memory.current", b"inactive_file"),
+    "memory": ("/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", b"total_inactive_file"),
+}
+
+
+def resident() -> int:
+    """Return how many bytes of this process are in memory (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def available() -> int:
+    """Return how many bytes can be had before anything is swapped or killed for it."""
+    with open("/proc/meminfo", "rb") as file:
+        machine = _numbers(file.read())[b"MemAvailable:"] * 1024
+    return min([machine, *_groups()])
+
+
+def _groups() -> Iterator[int]:
+    """Yield what each control group that this process is in, with a limit, has left."""
+    with open(_GROUPS, encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.read().splitlines()
+    for line in lines:
+        _number, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            if controller not in _FILES:
+                continue
+            mount, *names, cache = _FILES[controller]
+            # A container may see the path of the host, and only its own group, as the root.
+            while True:
+                with contextlib.suppress(OSError, ValueError, KeyError):  # no limit is "max"
+                    yield _left(_CGROUPS + mount + path, names, cache)
+                if path in ("", "/"):
+                    break
+                path = os.path.dirname(path)
+
+
+def _left(directory: str, names: list[str], cache: bytes) -> int:
+    found = []
+    for name in (*names, "memory.stat"):
+        with open(os.path.join(directory, name), "rb") as file:
+            found.append(file.read())
+    # What was read from files and not used since makes room when room is wanted.
+    used = int(found[1]) - _numbers(found[2])[cache]
+    return max(0, int(found[0]) - used)
+
+
+def _numbers(table: bytes) -> dict[bytes, int]:
+    """Read lines of a name and a number."""
+    return {words[0]: int(words[1]) for words in map(bytes.split, table.splitlines())}

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jobserver authors
+"""Huge pages for programs whose forks are dear: which memory, when, and for how long at most."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PATIENCE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobserver import _collapse, _memory, _native
+from jobserver._collapse import _AFTER, _BOTH, Collapser
+
+try:
+    HUGE = _collapse._huge_page()
+except OSError:
+    HUGE = 0
+MANY = 8 * HUGE
+
+
+def mapped() -> mmap.mmap:
+    """Memory of this process alone, none of it used yet, in pages of the usual size."""
+    memory = mmap.mmap(-1, MANY + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def within(memory: mmap.mmap) -> list[tuple[int, int]]:
+    """What of it is worth to be collapsed."""
+    start = _native.address_of(memory)
+    return list(_collapse._worth_it(_native, start, start + len(memory), HUGE))
+
+
+def collapses() -> bool:
+    """Whether this kernel has huge pages to give, now."""
+    if not HUGE:
+        return False
+    with mapped() as memory:
+        memory[:] = b"+" * len(memory)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return all(itertools.starmap(_native.collapse, within(memory)))
+
+
+needs_huge_pages = pytest.mark.skipif(not collapses(), reason="the kernel has no huge pages here")
+
+PROGRAM = """
+import sys
+from jobserver import Jobserver
+from jobserver._launch import _fork
+from jobserver._worker import _zygote
+
+_fork.DEAR = _zygote.DEAR = 0.0  # however fast this machine forks
+kept = [b"%07d" % number + bytes(4000) for number in range(16 << 10)]
+
+def huge(pid="self"):
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        (line,) = (line for line in file if line.startswith("AnonHugePages:"))
+    return int(line.split()[1])
+
+def one(number):
+    return kept[number]
+
+if __name__ == "__main__":
+    method = sys.argv[1]
+    with Jobserver(method, 2) as js:
+        before = huge()
+        for count in range(1000):
+            number = count * 16
+            assert js.submit(one, args=(number,)).result()[:7] == b"%07d" % number
+            forker = "self"
+            if method == "forkserver":
+                from jobserver._launch._zygote import client
+                forker = client()._pid
+            if huge(forker) > (32 << 10):
+                break
+        print(before, huge(forker), [kept.index(one(n)) for n in (0, 7, 9999)])
+"""
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_who_forks_jobs_with_much_memory_comes_to_have_it_in_huge_pages(
+    tmp_path: Path, method: str
+) -> None:
+    """A program of 64 MB, or the zygote that imported it, gets huge pages, and nothing moves."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program), method],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3 * PATIENCE,
+    )
+    assert done.stderr == ""
+    before, after, rest = done.stdout.split(None, 2)
+    assert int(after) > (32 << 10), "most of it, in kB"
+    assert int(before) < int(after)
+    assert rest == "[0, 7, 9999]\n"
+
+
+@needs_huge_pages
+def test_memory_that_is_written_to_meanwhile_keeps_what_is_written() -> None:
+    """To collapse loses no write of another thread."""
+    ended = threading.Event()
+    with mapped() as memory:
+        memory[:] = b"+" * len(memory)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        places = range(5, len(memory), mmap.PAGESIZE)
+        rounds = 0
+
+        def write() -> None:
+            nonlocal rounds
+            while not ended.is_set() or not rounds:
+                for place in places:
+                    memory[place] = (memory[place] + 1) % 256
+                rounds += 1
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            for _ in range(3):
+                assert all(itertools.starmap(_native.collapse, within(memory)))
+        finally:
+            ended.set()
+            thread.join()
+        assert {memory[place] for place in places} == {(ord("+") + rounds) % 256}
+
+
+@pytest.mark.skipif(not HUGE, reason="the kernel has no huge pages here")
+def test_memory_that_is_hardly_used_stays_as_it_is() -> None:
+    """A range of which a third is in use is not made a huge page, one that is in use is."""
+    with mapped() as memory:
+        start = _native.address_of(memory)
+        first = -(-start // HUGE) * HUGE - start
+        for place in range(first, first + MANY - HUGE, 3 * mmap.PAGESIZE):
+            memory[place] = 1
+        assert within(memory) == []
+        full = first + 2 * HUGE
+        memory[full : full + 2 * HUGE] = b"+" * 2 * HUGE
+        assert within(memory) == [(start + full, 2 * HUGE)]
+    assert list(_collapse._worth_it(_native, 1 << 46, (1 << 46) + MANY, HUGE)) == [], "not mapped"
+
+
+class Books:
+    """What was spent on forks and on collapsing, by a Collapser whose rounds are as told."""
+
+    def __init__(self, pieces: list[float]) -> None:
+        self.forks = self.collapsing = 0.0
+        self.rounds: list[float] = []  # what forks had cost when each began
+        self._pieces = pieces
+        self.collapser = Collapser(self._a_round)
+
+    def fork(self, seconds: float) -> None:
+        """One fork."""
+        self.forks += seconds
+        self.collapser.forked(seconds)
+
+    def _a_round(self) -> Iterator[float]:
+        self.rounds.append(self.forks)
+        for piece in self._pieces:
+            self.collapsing += piece
+            yield piece
+
+
+SECONDS = st.floats(1e-4, 0.1)
+
+
+@given(forks=st.lists(SECONDS, max_size=200), pieces=st.lists(st.floats(0, 0.5), max_size=20))
+def test_collapsing_takes_no_longer_than_forks_have(
+    forks: list[float], pieces: list[float]
+) -> None:
+    """At no time has it taken more than all forks and their children's ends, and one piece."""
+    books = Books(pieces)
+    for seconds in forks:
+        books.fork(seconds)
+        assert books.collapsing <= _BOTH * books.forks + max(pieces, default=0) + 1e-9
+
+
+def test_a_program_that_forks_little_is_left_alone() -> None:
+    """Nothing is done before forks have cost so much that it could matter."""
+    books = Books([0.001])
+    while _BOTH * (books.forks + 0.002) < _AFTER:
+        books.fork(0.001)
+    assert books.rounds == []
+    for _ in range(3):
+        books.fork(0.001)
+    assert len(books.rounds) == 1
+
+
+def test_rounds_that_are_of_no_use_become_rare() -> None:
+    """Where forks remain as dear as they were, each round comes after a longer time."""
+    books = Books([0.03] * 4)
+    for _ in range(20_000):
+        books.fork(0.001)
+    pauses = [later - earlier for earlier, later in zip(books.rounds, books.rounds[1:])]
+    assert len(pauses) >= 3
+    assert all(later > 2 * earlier for earlier, later in zip(pauses, pauses[1:]))
+
+
+def test_rounds_that_are_of_use_go_on() -> None:
+    """Where a round has made forks cheaper, memory that is dear again is collapsed again."""
+    books = Books([0.03])
+    for _ in range(6):
+        rounds = len(books.rounds)
+        price = 0.001 * 0.5**rounds
+        while len(books.rounds) == rounds:
+            books.fork(price)
+    pauses = [later - earlier for earlier, later in zip(books.rounds, books.rounds[1:])]
+    assert max(pauses) < 2 * min(pauses)
+
+
+def test_what_a_forked_process_has_inherited_stays_shared() -> None:
+    """A child of a large program does not copy that program's memory to have it in huge pages."""
+    books = Books([0.001])
+    books.fork(0.001)  # as it is, it has been seen
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(1000):
+            books.fork(0.001)
+        os.write(writer, b"%d" % len(books.rounds))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        assert told.read() == b"0"
+    assert os.waitpid(pid, 0) == (pid, 0)
+    for _ in range(1000):
+        books.fork(0.001)
+    assert books.rounds, "its parent does"
+
+
+def test_whatever_goes_wrong_ends_it() -> None:
+    """An exception amid a round does not reach the submitter, and no other round begins."""
+    begun: list[int] = []
+
+    def broken() -> Iterator[float]:
+        begun.append(1)
+        yield 0.001
+        raise OSError("no /proc")
+
+    collapser = Collapser(broken)
+    for _ in range(1000):
+        collapser.forked(0.001)
+    assert begun == [1]
+
+
+def test_nothing_is_collapsed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With less to be had than twice what the process has, a round does nothing."""
+
+    def refuse(*_: Any) -> bool:
+        raise AssertionError("collapsed")
+
+    monkeypatch.setattr(_native, "collapse", refuse)
+    monkeypatch.setattr(_collapse, "available", lambda: 2 * _memory.resident() - (1 << 20))
+    assert list(_collapse.collapsing()) == []
+
+
+def test_the_memory_that_can_be_had_is_some_of_the_machines() -> None:
+    """More than nothing, and less than the machine has."""
+    total = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    assert 0 < _memory.available() < total
+    assert 0 < _memory.resident() < total
+
+
+@pytest.mark.parametrize(
+    ("own", "above", "left"),
+    [
+        ("max", "max", None),
+        ("3000000", "max", 2_100_000),
+        ("max", "2000000", 1_100_000),
+        ("3000000", "2000000", 1_100_000),
+        ("500000", "max", 0),
+    ],
+)
+def test_the_limits_of_control_groups_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, above: str, left: Any
+) -> None:
+    """The tightest group of all above decides; what was only read from files is no use of it."""
+    machine = _memory.available()
+    groups = tmp_path / "proc"
+    groups.write_text("4:cpu:/a\n0::/a/b\n")
+    for name, limit in (("a/b", own), ("a", above)):
+        group = tmp_path / "cgroup" / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text("1000000\n")
+        (group / "memory.stat").write_text("anon 900000\ninactive_file 100000\n")
+    monkeypatch.setattr(_memory, "_CGROUPS", str(tmp_path / "cgroup"))
+    monkeypatch.setattr(_memory, "_GROUPS", str(groups))
+    found = _memory.available()
+    if left is None:
+        assert found > machine // 2
+    else:
+        assert found == left
