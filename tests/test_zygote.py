@@ -470,3 +470,22 @@ from jobs_shared import tracker_pipe
     )
     done = run_program(["-W", "ignore", path])
     assert done.stdout == "True\n", done.stderr
+
+
+def test_what_is_to_be_preloaded_is(tmp_path: Path) -> None:
+    """A module named to ``set_forkserver_preload`` is imported once, not by each worker."""
+    (tmp_path / "heavy.py").write_text("import os\nos.write(1, b'imported\\n')\n")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, sys\n"
+        "from jobserver import Jobserver\n\n"
+        "def loaded():\n"
+        "    return 'heavy' in sys.modules\n\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('forkserver').set_forkserver_preload(['heavy', 'no_such'])\n"
+        "    with Jobserver('forkserver', 2) as js:\n"
+        "        print([js.submit(loaded).result() for _ in range(3)], 'heavy' in sys.modules)\n"
+    )
+    done = run_program([str(program)])
+    assert done.stderr == ""
+    assert sorted(done.stdout.splitlines()) == ["[True, True, True] False", "imported"]

@@ -23,7 +23,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -163,7 +162,7 @@ def _private() -> Iterator[tuple[int, int]]:
 def _worth_it(native: Any, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield the addresses and the lengths of the parts that are used enough."""
     start, end = -(-start // size) * size, end // size * size
-    each = size // mmap.PAGESIZE
+    each = size // os.sysconf("SC_PAGE_SIZE")
     while start < end:
         length = min(end - start, max(size, _AT_ONCE // size * size))
         pages = native.in_memory(start, length)

@@ -143,7 +143,8 @@ def fds_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             whole = len(data) - len(data) % _INT.size
-            for (fd,) in _INT.iter_unpack(data[:whole]):
+            for place in range(0, whole, _INT.size):
+                (fd,) = _INT.unpack_from(data, place)
                 found.append(fd if fd > 2 else _forking.lifted(fd))
     return found
 

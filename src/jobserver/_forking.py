@@ -52,6 +52,10 @@ _at_leisure: dict[int, weakref.ref[Any]] = {}
 _epoch = 0
 # What the child that a thread is forking keeps, by thread; a worker of ours if there is an entry.
 _passing: dict[int, tuple[int, ...]] = {}
+# Late releases of Python close the resource tracker's descriptor in the child of any fork that is
+# not marked so; and the child's own tracker would unlink shared memory that is not its own.
+_UNKNOWN: Any = object()
+_intent: Any = _UNKNOWN
 # Set in a worker: what its parent remembered is still to be forgotten.
 _stale = False
 
@@ -82,9 +86,7 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
 def fork(passed: tuple[int, ...]) -> int:
     """Fork a worker that keeps the descriptors ``passed``, of which -1 is none."""
     me = threading.get_ident()
-    # Late releases of Python close the resource tracker's descriptor in the child of any fork that
-    # is not marked so; and the child's own tracker would unlink shared memory that is not its own.
-    intent: Any = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_fork_intent", None)
+    intent = _intent if _intent is not _UNKNOWN else _look_for_intent()
     _passing[me] = passed
     try:
         if intent is None:
@@ -95,6 +97,15 @@ def fork(passed: tuple[int, ...]) -> int:
         if intent is not None:
             intent.preserve_fd = False
         _passing.pop(me, None)
+
+
+def _look_for_intent() -> Any:
+    global _intent  # noqa: PLW0603
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    if tracker is None:
+        return None  # it may yet come
+    _intent = getattr(tracker, "_fork_intent", None)
+    return _intent
 
 
 def lifted(fd: int) -> int:

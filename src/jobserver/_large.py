@@ -22,7 +22,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import sys
@@ -80,6 +79,8 @@ def allocate(kind: type, length: int) -> tuple[Any, memoryview]:
     if kind is bytearray:
         array = bytearray(length)
         return array, memoryview(array)
+    import mmap  # a library that few workers need
+
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge:
         try:

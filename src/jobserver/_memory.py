@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ _FILES = {
 def resident() -> int:
     """Return how many bytes of this process are in memory (proc_pid_statm(5))."""
     with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def available() -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import socket
 from multiprocessing import resource_tracker
@@ -18,6 +17,7 @@ from jobserver._flight import Flight, child_exit_status
 from jobserver._signals import deferred, lifted
 from jobserver._slots._lease import Lease
 from jobserver._wire import ASIDE, TASK, encode
+from jobserver._worker._protocol import Head, pack_head
 from jobserver._worker._stay import Stays
 from jobserver._worker._task import Task
 
@@ -105,9 +105,8 @@ class RemoteLauncher:
         tracker = _tracker_fd()
         lease_fd, place = (-1, None) if lease is None else (lease.fileno(), lease.place)
         seat_fds = [fd for fd in (lease_fd, bell) if fd >= 0]
-        seat = (self._key, lease_fd >= 0, place, bell >= 0)
-        text = pickle.dumps((told, seat, os.getpid(), stays))
-        frame = encode(TASK, text, prepared.pickled.payload, lend=ASIDE)
+        head = pack_head(Head(self._key, place, bell >= 0, os.getpid(), told, stays))
+        frame = encode(TASK, head, prepared.pickled.payload, lend=ASIDE)
         assert flight.sock is not None  # noqa: S101  # see `_launch`
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             send_job(flight.sock, [tracker, *seat_fds, *prepared.pickled.fds], frame)

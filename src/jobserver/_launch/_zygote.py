@@ -89,7 +89,7 @@ class ZygoteClient:
             # Numbers go on when the zygote is replaced, so none is ever asked for at another one.
             number = next(self._numbers)
             try:
-                kind, value, fds = self._request(FORK, number, theirs.fileno())
+                kind, value, fds = self._request(FORK, number, os.getpid(), theirs.fileno())
             except ZygoteDied:
                 self._forget()
                 raise
@@ -117,13 +117,15 @@ class ZygoteClient:
             self._awaited.discard(number)
             return self._exits.pop(number, None)
 
-    def _request(self, kind: int, number: int, fd: int = -1) -> tuple[int, int, list[int]]:
+    def _request(
+        self, kind: int, number: int, value: int = 0, fd: int = -1
+    ) -> tuple[int, int, list[int]]:
         connection = self._connection or self._connect()
         ancillary = []
         if fd >= 0:
             ancillary = [(*RIGHTS, INT.pack(fd))]
         try:
-            connection.sendmsg([MESSAGE.pack(kind, number, 0)], ancillary, _NOSIGNAL)
+            connection.sendmsg([MESSAGE.pack(kind, number, value)], ancillary, _NOSIGNAL)
             return self._reply(connection, number)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ZygoteDied from error

@@ -14,7 +14,6 @@ plain tokens, which a SIGKILL of their holder loses.
 from __future__ import annotations
 
 import os
-import resource
 from multiprocessing import reduction
 from typing import Any, Optional
 
@@ -264,5 +263,7 @@ def _identity(fd: int) -> tuple[int, int]:
 
 def _budget() -> int:
     """Return how many descriptors berths may take; the rest is for jobs and for the program."""
+    import resource  # a library that no worker needs unless it makes a pool
+
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft // 4, _MARGIN)

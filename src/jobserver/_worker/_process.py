@@ -34,6 +34,8 @@ _clear_exit_handlers, _set_wakeup_fd = atexit._clear, signal.set_wakeup_fd
 _process: Any = process
 _util: Any = util
 _threading: Any = threading
+_set_variables = vars(process).update
+_after_forkers: dict[Any, Any] = _util._afterfork_registry.data
 
 
 class WorkerProcess(process.BaseProcess):
@@ -73,7 +75,7 @@ class Identity:
     Who workers will be; made once, by who forks them, for all of them.
 
     Args:
-        parent_pid: What is to be their parent; 0 if that is told to ``assume``.
+        parent_pid: What is to be their parent; see ``set_parent``.
         epoch: Tells the process that makes this from those forked from it.
     """
 
@@ -85,38 +87,40 @@ class Identity:
         me._parent_pid = parent_pid
         me._parent_name = parent.name
         me._config.pop("daemon", None)
-        self._parent = _Parent(parent.name, parent_pid, -1)
-        counter = itertools.count(1)
-        children: set[Any] = set()
-        self._parts = me, self._parent, counter, children
+        theirs = _Parent(parent.name, parent_pid, -1)
+        self._parts = me, theirs
+        self._variables = {
+            "_process_counter": itertools.count(1),
+            "_children": set(),
+            "_current_process": me,
+            "_parent_process": theirs,
+        }
 
     def holds(self, epoch: int) -> bool:
         """Say whether it still is what would be made now."""
         parent = _process._current_process
         return self._of == (parent, parent._name, parent._config, epoch)
 
-    def assume(self, *, forked: bool, parent_pid: int = 0, number: int = 0) -> None:
+    def set_parent(self, pid: int) -> None:
+        """State whose children they will be, from now on."""
+        me, parent = self._parts
+        me._parent_pid = parent._pid = pid
+
+    def assume(self, *, forked: bool, number: int = 0) -> None:
         """
         In the worker: be that process.
 
         Args:
             forked: Not started as an interpreter of its own.
-            parent_pid: What is to be the parent, if that was not known before.
             number: Tells it from the others, as multiprocessing counts them; 0 for the first.
         """
-        me, parent, counter, children = self._parts
-        if parent_pid:
-            me._parent_pid = parent._pid = parent_pid
         if number:
-            me._identity = (*_process._current_process._identity, number)
+            self._parts[0]._identity = (*_process._current_process._identity, number)
             # What is frozen is not traversed by the collector, so its pages stay shared. A zygote
             # has done that for all of its workers.
             _freeze()
-        _process._process_counter = counter
-        _process._children = children
-        _process._current_process = me
-        _process._parent_process = parent
-        if forked and _util._afterfork_registry.data:
+        _set_variables(self._variables)
+        if forked and _after_forkers:
             _util._run_after_forkers()
 
 

@@ -23,6 +23,7 @@ from jobserver._wire import RESULT, TASK, UNTIL_CLOSED, encode, send_frame
 
 from ._answer import answer_of
 from ._next import load, receive_job
+from ._protocol import Head, pack_head, unpack_head
 from ._task import Task, perform
 
 # More often than any interpreter waits before it specialises.
@@ -44,13 +45,14 @@ def rehearse() -> None:
             if after_fork is not None:
                 after_fork()  # a third of what a forked child writes to, and harmless: see above
             task = Task(_nothing, (), {}, {}, None)
-            text = pickle.dumps(({}, ((0, 0), True, (0, 0), False), 0, None))
-            send_job(ours, [writer, writer], encode(TASK, text, [pickle.dumps(tuple(task))]))
-            frame, fds = receive_job(theirs, b"", [])
+            head = Head((0, 0), (0, 0), has_bell=False, parent_pid=0, told={}, stays=None)
+            frame = encode(TASK, pack_head(head), [pickle.dumps(tuple(task))])
+            send_job(ours, [writer, writer], frame)
+            received, fds = receive_job(theirs, b"", [])
             for fd in fds:
                 os.close(fd)
-            pickle.loads(frame.segments[0])  # noqa: S301
-            answer = answer_of(partial(perform, *load(frame)))
+            unpack_head(received.segments[0])
+            answer = answer_of(partial(perform, *load(received)))
             kind, text_of, payload, exitcode = answer
             assert kind == RESULT  # noqa: S101
             send_frame(writer, kind, text_of, payload, 0, exitcode, UNTIL_CLOSED)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import os
-import pickle
 import signal
 from functools import partial
 from multiprocessing import process, resource_tracker, spawn
@@ -21,6 +20,7 @@ from . import _inherit
 from ._main import Worker, work_once
 from ._next import Next, load, receive_job
 from ._process import NAME, Identity, shut_stdin
+from ._protocol import unpack_head
 from ._stay import Habitat, accept
 from ._task import perform
 
@@ -67,14 +67,13 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
     except (EOFError, ConnectionResetError):
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
-    changed, seat, parent_pid, stays = pickle.loads(frame.segments[0])  # noqa: S301
-    told, failure, identity = heritage or ({}, None, Identity(0))
-    identity.assume(forked=heritage is not None, parent_pid=parent_pid)
+    key, place, has_bell, parent_pid, changed, stays = unpack_head(frame.segments[0])
+    told, failure, identity = heritage or ({}, None, Identity(parent_pid))
+    identity.assume(forked=heritage is not None)
     inherited, _tracker._fd = _tracker._fd, fds.pop(0)
     if inherited is not None:
         os.close(inherited)  # importing main in the zygote has opened it
-    key, has_lease, place, has_bell = seat
-    lease = fds.pop(0) if has_lease else -1
+    lease = fds.pop(0) if place is not None else -1
     bell = fds.pop(0) if has_bell else -1
     run_on(OwnSlot(key, lease, place, bell))
     if fds:

@@ -13,7 +13,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
 import errno
 import gc
 import importlib
@@ -64,6 +63,8 @@ from ._rehearsal import rehearse
 from ._remote import Heritage, serve
 
 _AT_ONCE = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+# What a fresh child looks up as an attribute of a module costs it a page or two more.
+_close = os.close
 _LENGTH = struct.Struct("<Q")
 
 
@@ -80,7 +81,7 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     if told.pop("interrupts"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     failure = _prepare(told)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Interrupts(os.getpid())
     threaded = len(sys._current_frames()) > 1
     shut_stdin()
     forget_program()
@@ -96,9 +97,22 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     _Zygote(server, alive, heritage, threaded=threaded).serve()
 
 
-def _end(number: int, frame: Optional[FrameType]) -> None:  # noqa: ARG001
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+class _Interrupts:
+    """
+    What Ctrl-C does: nothing in the zygote, and in a worker whose job is not there yet its end.
+
+    See `UNTIL_JOB`. One handler for both, since to set another costs each worker a system call, and
+    as many pages as it touches.
+    """
+
+    def __init__(self, zygote: int) -> None:
+        self._zygote = zygote
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: Optional[FrameType]) -> None:  # noqa: ARG002
+        if os.getpid() != self._zygote:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -137,21 +151,14 @@ def _prepare(told: dict[str, Any]) -> Optional[RuntimeError]:
     return None
 
 
-class _Child:
-    """A worker that has not been reaped yet."""
-
-    def __init__(self, pid: int, pidfd: int, number: int, client: _Client) -> None:
-        self.pid, self.pidfd, self.number, self.client = pid, pidfd, number, client
-        self.queried = False
-
-
 class _Client:
     """A process that submits."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.unsent: deque[tuple[bytes, int]] = deque()
-        self.children: dict[int, _Child] = {}
+        self.pids: dict[int, int] = {}  # of its workers that have not been reaped, by number
+        self.queried: set[int] = set()
         self.gone = False
         self.waits = False  # for room, by our epoll
 
@@ -198,8 +205,11 @@ class _Zygote:
         self._heritage = heritage
         self._threaded = threaded
         self._clients: dict[int, _Client] = {}
-        self._children: dict[int, _Child] = {}
+        # Whose a worker is, by its pidfd, and its number there.
+        self._children: dict[int, tuple[_Client, int]] = {}
         self._epoll = select.epoll()
+        self._parent = 0  # whose child the next worker is, as the heritage has it
+        self._own = self._epoll.fileno(), server, alive
         for fd in (server, alive):
             self._epoll.register(fd, select.EPOLLIN)
 
@@ -209,7 +219,7 @@ class _Zygote:
             for fd, mask in self._epoll.poll():
                 child = self._children.pop(fd, None)
                 if child is not None:
-                    self._reap(child)
+                    self._reap(fd, *child)
                     continue
                 client = self._clients.get(fd)
                 if client is not None:
@@ -239,13 +249,16 @@ class _Zygote:
                 self._dismiss(client)
                 return
             fds = fds_of(ancillary) if ancillary else []
-            kind, number, _value = MESSAGE.unpack(data)
+            kind, number, value = MESSAGE.unpack(data)
             if kind == PING:
                 client.send(THREADED if self._threaded else READY, number, 0)
             elif kind == FORK and not fds:
                 # The kernel had no descriptor left here for the one that came along.
                 client.send(FAILED, number, errno.EMFILE)
             elif kind == FORK:
+                if value != self._parent:
+                    self._heritage.identity.set_parent(value)
+                    self._parent = value
                 self._fork(client, number, fds[0])
             elif kind == QUERY:
                 self._tell_exit(client, number)
@@ -279,8 +292,8 @@ class _Zygote:
             os.waitpid(pid, 0)
             client.send(FAILED, number, error.errno or 0)
             return
-        child = _Child(pid, pidfd, number, client)
-        client.children[number] = self._children[pidfd] = child
+        client.pids[number] = pid
+        self._children[pidfd] = client, number
         self._epoll.register(pidfd, select.EPOLLIN)
         client.send(LAUNCHED, number, pid, pidfd)
         if took > DEAR:
@@ -288,40 +301,33 @@ class _Zygote:
 
     def _become_worker(self, channel: int) -> NoReturn:
         try:
-            self._epoll.close()
-            os.close(self._server.detach())
-            os.close(self._alive)
-            for fd in (*self._clients, *self._children):
-                os.close(fd)
-            for client in self._clients.values():
-                client.sock.detach()
-            # Until its job is there, see `UNTIL_JOB`; signal's own would make enums in each child.
-            _signal.signal(_signal.SIGINT, _end)
+            # The objects that have these descriptors are not touched, nor ever finalized here: this
+            # call does not return.
+            for fd in (*self._own, *self._clients, *self._children):
+                _close(fd)
             serve(channel, self._heritage)
         except BaseException as error:  # noqa: BLE001
             report(error)
         finally:
             os._exit(1)
 
-    def _reap(self, child: _Child) -> None:
-        self._epoll.unregister(child.pidfd)
-        os.close(child.pidfd)
-        _pid, status = os.waitpid(child.pid, 0)
-        client = child.client
-        del client.children[child.number]
+    def _reap(self, pidfd: int, client: _Client, number: int) -> None:
+        self._epoll.unregister(pidfd)
+        _close(pidfd)
+        _pid, status = os.waitpid(client.pids.pop(number), 0)
         exitcode = os.waitstatus_to_exitcode(status)
-        if exitcode or child.queried:
-            client.send(EXITED, child.number, exitcode)
+        if exitcode or number in client.queried:
+            client.queried.discard(number)
+            client.send(EXITED, number, exitcode)
             if client.unsent:
                 self._rearm(client)
 
     def _tell_exit(self, client: _Client, number: int) -> None:
-        child = client.children.get(number)
-        if child is None:
+        if number in client.pids:
+            client.queried.add(number)
+        else:
             # Reaped; had it not been 0, the message would be on its way already.
             client.send(EXITED, number, 0)
-        else:
-            child.queried = True
 
     def _rearm(self, client: _Client) -> None:
         client.waits = bool(client.unsent)
