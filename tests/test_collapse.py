@@ -157,10 +157,11 @@ class Books:
     """What was spent on forks and on collapsing, by a Collapser whose rounds are as told."""
 
     def __init__(self, pieces: list[float]) -> None:
+        self.size = 100 << 20  # of the process
         self.forks = self.collapsing = 0.0
         self.rounds: list[float] = []  # what forks had cost when each began
         self._pieces = pieces
-        self.collapser = Collapser(self._a_round)
+        self.collapser = Collapser(self._a_round, lambda: self.size)
 
     def fork(self, seconds: float) -> None:
         """One fork."""
@@ -224,21 +225,36 @@ def test_rounds_that_are_of_use_go_on() -> None:
 def test_what_a_forked_process_has_inherited_stays_shared() -> None:
     """A child of a large program does not copy that program's memory to have it in huge pages."""
     books = Books([0.001])
-    books.fork(0.001)  # as it is, it has been seen
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        for _ in range(1000):
-            books.fork(0.001)
-        os.write(writer, b"%d" % len(books.rounds))
+        for books.size in (100 << 20, 190 << 20, 210 << 20):
+            rounds = len(books.rounds)
+            for _ in range(1000):
+                books.fork(0.001)
+            os.write(writer, b"+" if len(books.rounds) > rounds else b"-")
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as told:
-        assert told.read() == b"0"
+        assert told.read() == b"--+", "only once most of it is its own"
     assert os.waitpid(pid, 0) == (pid, 0)
     for _ in range(1000):
         books.fork(0.001)
-    assert books.rounds, "its parent does"
+    assert books.rounds, "its parent does at once"
+
+
+def test_a_small_program_is_left_alone_until_it_has_grown() -> None:
+    """Where there is little memory nothing is done, and that does not delay what comes later."""
+    books = Books([0.001])
+    books.size = 20 << 20
+    for _ in range(1000):
+        books.fork(0.001)
+    assert books.rounds == []
+    books.size = 200 << 20
+    before = books.forks
+    while not books.rounds:
+        books.fork(0.001)
+    assert _BOTH * (books.forks - before) < 2 * _AFTER
 
 
 def test_whatever_goes_wrong_ends_it() -> None:

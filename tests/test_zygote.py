@@ -482,7 +482,8 @@ def test_what_is_to_be_preloaded_is(tmp_path: Path) -> None:
         "def loaded():\n"
         "    return 'heavy' in sys.modules\n\n"
         "if __name__ == '__main__':\n"
-        "    multiprocessing.get_context('forkserver').set_forkserver_preload(['heavy', 'no_such'])\n"
+        "    context = multiprocessing.get_context('forkserver')\n"
+        "    context.set_forkserver_preload(['heavy', 'no_such'])\n"
         "    with Jobserver('forkserver', 2) as js:\n"
         "        print([js.submit(loaded).result() for _ in range(3)], 'heavy' in sys.modules)\n"
     )

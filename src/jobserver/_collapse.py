@@ -14,8 +14,8 @@ Guarantees:
   them cheaper, ever less.
 * Memory is collapsed where most of it is in use, so that the process does not grow; and while the
   machine, and each control group, has twice as much left as the process has, since what a running
-  child still shares is copied. For that reason, too, a forked process does it only if most of its
-  memory is not what its parent had.
+  child still shares is copied. For that reason, too, a forked process does it only once it has
+  twice as much memory as when it began to fork.
 * Whoever does not want it has it not: huge pages that are switched off for the machine, for the
   process (``PR_SET_THP_DISABLE``) or for a piece of memory (``MADV_NOHUGEPAGE``) are not made.
 * Nothing depends on it. Addresses and contents stay, and whatever goes wrong ends it silently.
@@ -33,9 +33,12 @@ from typing import Any, Callable, Optional
 from ._memory import available, resident
 
 _SETTINGS = "/sys/kernel/mm/transparent_hugepage/"
-# Below so many seconds a fork is not dear, and need not be told of: a program of 15 MB is forked in
-# that, of which half are what any takes, and 5 MB less would gain nothing.
+# Below so many seconds a fork is not dear, and need not be told of. It is what a program of some
+# 30 MB takes, and half of it what any does; on another machine it may be less or more than that.
 DEAR = 0.0005
+# A process with less memory, of which 7 MB are the interpreter's and shared, gains nothing: what it
+# writes to after a fork lies everywhere in it.
+_LARGE = 32 << 20
 # Forks may cost so many seconds before anything is done about it.
 _AFTER = 0.05
 # So many bytes in one call, as each makes all processors put their lists of pages in order first.
@@ -57,19 +60,22 @@ class Collapser:
 
     Args:
         a_round: Returns what collapses all memory piece by piece, see ``collapsing``.
+        size: Returns how many bytes of memory this process has.
     """
 
-    def __init__(self, a_round: Callable[[], Iterator[float]]) -> None:
+    def __init__(
+        self, a_round: Callable[[], Iterator[float]], size: Callable[[], int] = resident
+    ) -> None:
         self._a_round = a_round
+        self._size = size
         # Held for a moment; in a child that another thread has forked then, for good: no harm.
         self._lock = threading.Lock()
         self._off = False
-        self._size = 0  # of the process, in bytes, when it was last looked at
-        self._begin(os.getpid())
+        self._begin(0)
 
-    def _begin(self, pid: int) -> None:
-        self._pid = pid
-        self._inherited = self._size
+    def _begin(self, inherited: int) -> None:
+        self._pid = os.getpid()
+        self._inherited = inherited  # bytes
         self._credit = 0.0  # seconds that may be spent
         self._due = _AFTER
         self._forks = 0
@@ -85,27 +91,32 @@ class Collapser:
             return
         try:
             if os.getpid() != self._pid:
-                self._begin(os.getpid())
+                self._begin(self._size())
             self._forks += 1
             self._cost += seconds
             self._credit += _BOTH * seconds
-            self._size = resident()
-            due = self._round is not None or self._credit >= self._due
-            if due and self._size >= 2 * self._inherited:
+            if self._round is None and self._credit >= self._due:
+                self._begin_round()
+            if self._round is not None:
                 self._go_on()
         except Exception:  # noqa: BLE001  # no /proc, no ctypes, no memory
             self._off = True
         finally:
             self._lock.release()
 
+    def _begin_round(self) -> None:
+        if self._size() < max(_LARGE, 2 * self._inherited):
+            self._credit = 0.0  # perhaps later
+            return
+        price = self._cost / self._forks
+        useless = self._price and price > _CHEAPER * self._price
+        self._strikes = min(self._strikes + 1, _MOST_STRIKES) if useless else 0
+        self._price = price
+        self._took = 0.0
+        self._round = self._a_round()
+
     def _go_on(self) -> None:
-        if self._round is None:
-            price = self._cost / self._forks
-            useless = self._price and price > _CHEAPER * self._price
-            self._strikes = min(self._strikes + 1, _MOST_STRIKES) if useless else 0
-            self._price = price
-            self._took = 0.0
-            self._round = self._a_round()
+        assert self._round is not None  # noqa: S101
         while self._credit > 0:
             took = next(self._round, None)
             if took is None:

@@ -34,7 +34,7 @@ _clear_exit_handlers, _set_wakeup_fd = atexit._clear, signal.set_wakeup_fd
 _process: Any = process
 _util: Any = util
 _threading: Any = threading
-_set_variables = vars(process).update
+_set_variables = _process.__dict__.update
 _after_forkers: dict[Any, Any] = _util._afterfork_registry.data
 
 
