@@ -359,3 +359,52 @@ def test_fork_server_without_descriptors(tmp_path: Path, gate: Gate) -> None:
     done = run_program([str(script), gate.directory])
 
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+PLAIN = (
+    PRELUDE
+    + """
+from multiprocessing import Pipe
+
+def enter(js, gate, connection):
+    gate.enter()
+    below = js.submit(os.getppid).result()  # lends, if it must, and has a bell
+    connection.send(os.getpid())
+    return below
+
+if __name__ == "__main__":
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit(resource.RLIMIT_NOFILE, 32)
+    js = Jobserver(method, 12)  # a quarter of the limit is for berths: there are fewer than slots
+    limit(resource.RLIMIT_NOFILE, usual)
+    gate = Gate(Path(directory))
+    futures = []
+    for _ in range(12):
+        reader, writer = Pipe(duplex=False)
+        futures.append((reader, js.submit(enter, args=(js, gate, writer))))
+        writer.close()
+    pids = gate.await_entered(12)
+    gate.open()
+    for _, future in futures:
+        future.result(PATIENCE)
+    print(sorted(reader.recv() for reader, _ in futures) == pids)
+    settle(js)
+    for reader, _ in futures:
+        reader.close()
+    second = Path(directory) / "second"
+    second.mkdir()
+    print(free_slots(js, Gate(second)))
+    with js:
+        pass
+"""
+)
+
+
+def test_more_slots_than_descriptors_to_park_them_by(
+    method: str, tmp_path: Path, gate: Gate
+) -> None:
+    """A job on a plain token gets what descriptors are its own, and may submit like any other."""
+    program = tmp_path / "program.py"
+    program.write_text(PLAIN)
+    done = run_program([str(program), method, gate.directory])
+    assert (done.stdout, done.stderr) == ("True\n12\n", "")

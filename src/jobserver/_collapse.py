@@ -11,11 +11,11 @@ a process may have its memory collapsed into such pages (``MADV_COLLAPSE``).
 Guarantees:
 
 * To collapse takes no more time than forks have taken so far, and one piece; where it does not make
-  them cheaper, ever less.
-* Memory is collapsed where most of it is in use, so that the process does not grow; and while the
-  machine, and each control group, has twice as much left as the process has, since what a running
-  child still shares is copied. For that reason, too, a forked process does it only once it has
-  twice as much memory as when it began to fork.
+  them cheaper, ever less. No call takes longer than a fork and its child's end, and one piece.
+* Memory is collapsed where most of it is in use, so that a round lets the process grow by an eighth
+  at most; and while the machine, and each control group, has twice as much left as the process has,
+  since what a running child still shares is copied. For that reason, too, a forked process does it
+  only once it has twice as much memory as when it began to fork.
 * Whoever does not want it has it not: huge pages that are switched off for the machine, for the
   process (``PR_SET_THP_DISABLE``) or for a piece of memory (``MADV_NOHUGEPAGE``) are not made.
 * Nothing depends on it. Addresses and contents stay, and whatever goes wrong ends it silently.
@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, takewhile
 from time import monotonic
 from typing import Any, Callable, Optional
 
@@ -43,8 +43,10 @@ _LARGE = 32 << 20
 _AFTER = 0.05
 # So many bytes in one call, as each makes all processors put their lists of pages in order first.
 _AT_ONCE = 16 << 20
-# Of a range that becomes a huge page at least so much is in use already.
+# Of a range that becomes a huge page at least so much is in use already, as far as one can see: a
+# page that was only read counts, too, and is none. So it is also seen how the process grows.
 _USED = 0.75
+_GROWS = 0.125
 # A child's end costs what the fork did.
 _BOTH = 2
 # After a round, forks may cost so many times what that took before the next; and again so many
@@ -52,6 +54,10 @@ _BOTH = 2
 _PAUSE = 4
 _CHEAPER = 0.7
 _MOST_STRIKES = 10
+# A round that failed counts for so many.
+_FAILURE = 3
+# What the kernel has told of this process's memory is believed for so many seconds.
+_NEWS = 0.01
 
 
 class Collapser:
@@ -68,13 +74,12 @@ class Collapser:
     ) -> None:
         self._a_round = a_round
         self._size = size
-        # Held for a moment; in a child that another thread has forked then, for good: no harm.
-        self._lock = threading.Lock()
-        self._off = False
         self._begin(0)
 
     def _begin(self, inherited: int) -> None:
         self._pid = os.getpid()
+        # Of one's own: at the fork another thread may have held the parent's.
+        self._lock = threading.Lock()
         self._inherited = inherited  # bytes
         self._credit = 0.0  # seconds that may be spent
         self._due = _AFTER
@@ -86,23 +91,34 @@ class Collapser:
         self._took = 0.0
 
     def forked(self, seconds: float) -> None:
-        """Tell that a fork has taken so long; now and then, returns twice as much later."""
-        if self._off or not self._lock.acquire(blocking=False):
-            return
+        """Tell that a fork has taken so long. May take twice as long, and one piece."""
         try:
             if os.getpid() != self._pid:
                 self._begin(self._size())
-            self._forks += 1
-            self._cost += seconds
-            self._credit += _BOTH * seconds
-            if self._round is None and self._credit >= self._due:
-                self._begin_round()
-            if self._round is not None:
-                self._go_on()
-        except Exception:  # noqa: BLE001  # no /proc, no ctypes, no memory
-            self._off = True
-        finally:
-            self._lock.release()
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._forked(seconds)
+                finally:
+                    self._lock.release()
+        except Exception:  # noqa: BLE001  # no /proc, no ctypes, no descriptor, no memory
+            self._strikes = min(self._strikes + _FAILURE, _MOST_STRIKES)
+            self._end_round()
+
+    def _forked(self, seconds: float) -> None:
+        self._forks += 1
+        self._cost += seconds
+        self._credit += _BOTH * seconds
+        if self._round is None and self._credit >= self._due:
+            self._begin_round()
+        budget = min(self._credit, _BOTH * seconds)
+        while self._round is not None and budget > 0:
+            took = next(self._round, None)
+            if took is None:
+                self._end_round()
+                return
+            self._took += took
+            self._credit -= took
+            budget -= took
 
     def _begin_round(self) -> None:
         if self._size() < max(_LARGE, 2 * self._inherited):
@@ -115,76 +131,88 @@ class Collapser:
         self._took = 0.0
         self._round = self._a_round()
 
-    def _go_on(self) -> None:
-        assert self._round is not None  # noqa: S101
-        while self._credit > 0:
-            took = next(self._round, None)
-            if took is None:
-                self._round = None
-                self._credit = self._cost = 0.0
-                self._forks = 0
-                self._due = max(_AFTER, self._took) * _PAUSE ** (1 + self._strikes)
-                return
-            self._took += took
-            self._credit -= took
+    def _end_round(self) -> None:
+        self._round = None
+        self._credit = self._cost = 0.0
+        self._forks = 0
+        self._due = max(_AFTER, self._took) * _PAUSE ** (1 + self._strikes)
 
 
 def collapsing() -> Iterator[float]:
     """Collapse all memory of this process, piece by piece; yields how long each has taken."""
     began = monotonic()
     size = _huge_page()
-    if not size or available() < 2 * resident():
+    most = resident() * (1 + _GROWS)
+    if not size or not _is_room():
         return
     from . import _native
 
-    for start, end in list(_private()):
-        for address, length in _worth_it(_native, start, end, size):
-            _native.collapse(address, length)
-            now = monotonic()
-            yield now - began
-            began = now
-            if available() < 2 * resident():
-                return
+    pieces = _pieces(0, size)
+    while (piece := next(pieces, None)) is not None:
+        address, length = piece
+        found = worth_it(_native, address, length, size)
+        for part in found:
+            _native.collapse(*part)
+        if found and not (resident() < most and _is_room()):
+            return
+        paused = monotonic()
+        yield paused - began
+        began = monotonic()
+        if began - paused > _NEWS:
+            pieces = _pieces(address + length, size)
+
+
+def _is_room() -> bool:
+    return available() >= 2 * resident()
 
 
 def _huge_page() -> int:
     """Return the size of a huge page; 0 if there are none, or nobody may have them."""
-    major, minor = os.uname().release.split(".")[:2]
-    if (int(major), int(minor)) < (6, 1):
+    major, minor, *_rest = f"{os.uname().release}.0".split(".")
+    digits = "".join(takewhile(str.isdigit, minor))
+    if (int(major), int(digits or 0)) < (6, 1) or not _may_be("enabled"):
         return 0
-    with open(_SETTINGS + "enabled", "rb") as file:
-        if b"[never]" in file.read():
-            return 0
     with open(_SETTINGS + "hpage_pmd_size", "rb") as file:
-        return int(file.read())
+        size = int(file.read())
+    # Since Linux 6.8 there are switches for each size, of which the others are not used here.
+    own = f"hugepages-{size >> 10}kB/enabled"
+    if os.path.exists(_SETTINGS + own) and not _may_be(own):
+        return 0
+    return size if size <= _AT_ONCE else 0  # with pages of 64 kB it would be half a GB
 
 
-def _private() -> Iterator[tuple[int, int]]:
-    """Yield where this process has memory of its own that comes from no file."""
+def _may_be(switch: str) -> bool:
+    with open(_SETTINGS + switch, "rb") as file:
+        return b"[never]" not in file.read()
+
+
+def _pieces(after: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield addresses and lengths of memory of this process's own, that comes from no file."""
     with open("/proc/self/maps", "rb") as file:
-        lines = file.read().splitlines()
-    for line in lines:
+        lines = file.read().split(b"\n")
+    at_once = _AT_ONCE // size * size
+    for line in lines[:-1]:
         addresses, mode, _offset, _device, inode, *name = line.split(None, 5)
-        if mode == b"rw-p" and inode == b"0" and name != [b"[stack]"]:
-            start, _, end = addresses.partition(b"-")
-            yield int(start, 16), int(end, 16)
+        if mode != b"rw-p" or inode != b"0" or name == [b"[stack]"]:
+            continue
+        first, last = (int(address, 16) for address in addresses.split(b"-"))
+        start, end = -(-max(first, after) // size) * size, last // size * size
+        for address in range(start, end, at_once):
+            yield address, min(at_once, end - address)
 
 
-def _worth_it(native: Any, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the addresses and the lengths of the parts that are used enough."""
-    start, end = -(-start // size) * size, end // size * size
+def worth_it(native: Any, address: int, length: int, size: int) -> list[tuple[int, int]]:
+    """Return the addresses and the lengths of the parts that are used enough."""
     each = size // os.sysconf("SC_PAGE_SIZE")
-    while start < end:
-        length = min(end - start, max(size, _AT_ONCE // size * size))
-        pages = native.in_memory(start, length)
-        if not pages:  # no longer mapped
-            start += length
-        counts = [sum(pages[first : first + each]) for first in range(0, len(pages), each)]
-        for is_used, group in groupby(counts, (_USED * each).__le__):
-            part = len(list(group)) * size
-            if is_used:
-                yield start, part
-            start += part
+    pages = native.in_memory(address, length)  # none if it is no longer mapped
+    counts = [sum(pages[first : first + each]) for first in range(0, len(pages), each)]
+    found = []
+    for is_used, group in groupby(counts, (_USED * each).__le__):
+        part = len(list(group)) * size
+        if is_used:
+            found.append((address, part))
+        address += part
+    return found
 
 
 forked = Collapser(collapsing).forked

@@ -102,10 +102,10 @@ def fork(passed: tuple[int, ...]) -> int:
 def _look_for_intent() -> Any:
     global _intent  # noqa: PLW0603
     tracker = sys.modules.get("multiprocessing.resource_tracker")
-    if tracker is None:
-        return None  # it may yet come
-    _intent = getattr(tracker, "_fork_intent", None)
-    return _intent
+    found = getattr(tracker, "_fork_intent", None)
+    if tracker is not None and not getattr(tracker.__spec__, "_initializing", False):
+        _intent = found  # else it may yet come
+    return found
 
 
 def lifted(fd: int) -> int:

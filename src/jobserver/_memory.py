@@ -10,10 +10,16 @@ from collections.abc import Iterator
 
 _CGROUPS = "/sys/fs/cgroup"
 _GROUPS = "/proc/self/cgroup"
-# What a control group tells of its memory: the limit, and what is in use.
+# What a control group tells of its memory, in both versions: where, the limits, what is in use, and
+# what of that is easily had back.
 _FILES = {
-    "": ("", "memory.max", "memory.current", b"inactive_file"),
-    "memory": ("/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", b"total_inactive_file"),
+    "": ("", ("memory.max", "memory.high"), "memory.current", b"inactive_file"),
+    "memory": (
+        "/memory",
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        b"total_inactive_file",
+    ),
 }
 
 
@@ -39,24 +45,27 @@ def _groups() -> Iterator[int]:
         for controller in controllers.split(","):
             if controller not in _FILES:
                 continue
-            mount, *names, cache = _FILES[controller]
+            mount, limits, usage, cache = _FILES[controller]
             # A container may see the path of the host, and only its own group, as the root.
             while True:
-                with contextlib.suppress(OSError, ValueError, KeyError):  # no limit is "max"
-                    yield _left(_CGROUPS + mount + path, names, cache)
+                directory = _CGROUPS + mount + path
+                for limit in limits:
+                    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit is "max"
+                        yield _left(directory, limit, usage, cache)
                 if path in ("", "/"):
                     break
-                path = os.path.dirname(path)
+                path = path.rpartition("/")[0]
 
 
-def _left(directory: str, names: list[str], cache: bytes) -> int:
-    found = []
-    for name in (*names, "memory.stat"):
-        with open(os.path.join(directory, name), "rb") as file:
-            found.append(file.read())
+def _left(directory: str, limit: str, usage: str, cache: bytes) -> int:
+    most, used, table = (_read(directory, name) for name in (limit, usage, "memory.stat"))
     # What was read from files and not used since makes room when room is wanted.
-    used = int(found[1]) - _numbers(found[2])[cache]
-    return max(0, int(found[0]) - used)
+    return max(0, int(most) - int(used) + _numbers(table)[cache])
+
+
+def _read(directory: str, name: str) -> bytes:
+    with open(os.path.join(directory, name), "rb") as file:
+        return file.read()
 
 
 def _numbers(table: bytes) -> dict[bytes, int]:

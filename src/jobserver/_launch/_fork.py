@@ -119,7 +119,11 @@ class ForkLauncher:
                 flight.kill()  # there is still time
                 raise
         if took > DEAR:
-            forked(took)
+            try:
+                forked(took)
+            except BaseException:  # out of a handler whose signal has come to another thread
+                flight.kill()
+                raise
         return flight
 
     def hand_over(self, prepared: Task, lease: Lease, bell: int, worker: Flight) -> bool:

@@ -105,7 +105,7 @@ class RemoteLauncher:
         tracker = _tracker_fd()
         lease_fd, place = (-1, None) if lease is None else (lease.fileno(), lease.place)
         seat_fds = [fd for fd in (lease_fd, bell) if fd >= 0]
-        head = pack_head(Head(self._key, place, bell >= 0, os.getpid(), told, stays))
+        head = pack_head(Head(self._key, place, lease_fd >= 0, bell >= 0, os.getpid(), told, stays))
         frame = encode(TASK, head, prepared.pickled.payload, lend=ASIDE)
         assert flight.sock is not None  # noqa: S101  # see `_launch`
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -167,7 +167,8 @@ class ZygoteClient:
         known = surroundings()
         # Imported if the program has said what to preload; it would bring much along to the zygote.
         preload: Any = sys.modules.get("multiprocessing.forkserver")
-        names: list[str] = preload._forkserver._preload_modules if preload is not None else []
+        preload = getattr(preload, "_forkserver", None)
+        names: list[str] = preload._preload_modules if preload is not None else []
         told = {
             **foundations(),
             **known,

@@ -32,8 +32,8 @@ INT = struct.Struct("i")
 SPACE = socket.CMSG_SPACE(INT.size)
 
 # Device and inode of the pool, section and berth of the lease, the submitter's process id, flags.
-_HEAD = struct.Struct("<QQqqiB")
-_LEASE, _BELL, _MORE = 1, 2, 4
+_HEAD = struct.Struct("<qQqqiB")
+_PLACE, _LEASE, _BELL, _MORE = 1, 2, 4, 8
 
 
 class Head(NamedTuple):
@@ -43,6 +43,7 @@ class Head(NamedTuple):
     Args:
         key: Which pool its slot belongs to.
         place: The section and the berth of the lease; None if it has none.
+        has_lease: Whether the descriptor of a lease comes along; a plain token has none.
         has_bell: Whether the descriptor of a bell comes along, after that of the lease.
         parent_pid: The process id of who has submitted it.
         told: What has changed, or all there is to know, of what surrounds it.
@@ -51,6 +52,7 @@ class Head(NamedTuple):
 
     key: tuple[int, int]
     place: Optional[tuple[int, int]]
+    has_lease: bool
     has_bell: bool
     parent_pid: int
     told: dict[str, Any]
@@ -59,10 +61,14 @@ class Head(NamedTuple):
 
 def pack_head(head: Head) -> bytes:
     """Return it as bytes."""
-    key, place, has_bell, parent_pid, told, stays = head
+    key, place, has_lease, has_bell, parent_pid, told, stays = head
     # Mostly there is nothing that needs a pickle.
     more = pickle.dumps((told, stays)) if told or stays is not None else b""
-    flags = (0 if place is None else _LEASE) | (_BELL if has_bell else 0) | (_MORE if more else 0)
+    flags = has_lease * _LEASE | has_bell * _BELL
+    if place is not None:
+        flags |= _PLACE
+    if more:
+        flags |= _MORE
     return _HEAD.pack(*key, *(place or (0, 0)), parent_pid, flags) + more
 
 
@@ -70,5 +76,6 @@ def unpack_head(data: bytes) -> Head:
     """Return what ``pack_head`` was given."""
     device, inode, section, berth, parent_pid, flags = _HEAD.unpack_from(data)
     told, stays = pickle.loads(data[_HEAD.size :]) if flags & _MORE else ({}, None)  # noqa: S301
-    place = (section, berth) if flags & _LEASE else None
-    return Head((device, inode), place, bool(flags & _BELL), parent_pid, told, stays)
+    place = (section, berth) if flags & _PLACE else None
+    lease, bell = flags & _LEASE != 0, flags & _BELL != 0
+    return Head((device, inode), place, lease, bell, parent_pid, told, stays)

@@ -45,7 +45,7 @@ def rehearse() -> None:
             if after_fork is not None:
                 after_fork()  # a third of what a forked child writes to, and harmless: see above
             task = Task(_nothing, (), {}, {}, None)
-            head = Head((0, 0), (0, 0), has_bell=False, parent_pid=0, told={}, stays=None)
+            head = Head((0, 0), (0, 0), True, False, 0, {}, None)
             frame = encode(TASK, pack_head(head), [pickle.dumps(tuple(task))])
             send_job(ours, [writer, writer], frame)
             received, fds = receive_job(theirs, b"", [])

@@ -67,13 +67,13 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
     except (EOFError, ConnectionResetError):
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
-    key, place, has_bell, parent_pid, changed, stays = unpack_head(frame.segments[0])
+    key, place, has_lease, has_bell, parent_pid, changed, stays = unpack_head(frame.segments[0])
     told, failure, identity = heritage or ({}, None, Identity(parent_pid))
     identity.assume(forked=heritage is not None)
     inherited, _tracker._fd = _tracker._fd, fds.pop(0)
     if inherited is not None:
         os.close(inherited)  # importing main in the zygote has opened it
-    lease = fds.pop(0) if place is not None else -1
+    lease = fds.pop(0) if has_lease else -1
     bell = fds.pop(0) if has_bell else -1
     run_on(OwnSlot(key, lease, place, bell))
     if fds:
