@@ -319,7 +319,7 @@ def test_an_interrupt_amid_a_round_ends_the_job(
         raise KeyboardInterrupt
 
     gate = Gate(tmp_path)
-    with Jobserver("fork", 1) as js:
+    with Jobserver("fork", 1, max_tasks_per_child=1) as js:
         js.submit(len, args=((),)).result()
         with monkeypatch.context() as patch:
             patch.setattr(_fork, "DEAR", -1.0)

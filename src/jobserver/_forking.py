@@ -29,7 +29,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Callable, Protocol
 
 
 class _Tracked(Protocol):
@@ -48,6 +48,7 @@ owned: set[int] = set()
 _lock: Any = threading.RLock()
 # No WeakSet: to go through one calls eight functions, whose pages each child would have to copy.
 _at_once: dict[int, weakref.ref[Any]] = {}
+_calls: list[Callable[[frozenset[int]], None]] = []
 _at_leisure: dict[int, weakref.ref[Any]] = {}
 _epoch = 0
 # What the child that a thread is forking keeps, by thread; a worker of ours if there is an entry.
@@ -81,6 +82,11 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
     tracked, key = _at_leisure if at_leisure else _at_once, id(thing)
     with _lock:
         tracked[key] = weakref.ref(thing, lambda _: tracked.pop(key, None))
+
+
+def call_in_children(function: Callable[[frozenset[int]], None]) -> None:
+    """Have it called in every forked child, at once, with the descriptors that it keeps."""
+    _calls.append(function)
 
 
 def fork(passed: tuple[int, ...]) -> int:
@@ -231,6 +237,8 @@ def _after_in_child() -> None:
             except OSError:  # the program has closed what is not its own
                 pass
     owned.clear()
+    for call in _calls:
+        call(passed)
     _tell(_at_once, passed)
     _stale = True
     if found is None:

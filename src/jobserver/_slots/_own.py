@@ -46,6 +46,18 @@ class OwnSlot:
         bell: The FIFO to ring when blocked without a slot, -1 for none.
     """
 
+    __slots__ = (
+        "_fd",
+        "_first",
+        "_inner_bell",
+        "_outer_bell",
+        "_place",
+        "consumes",
+        "key",
+        "lease",
+        "user",
+    )
+
     def __init__(
         self,
         key: Optional[PoolKey] = None,
@@ -177,6 +189,7 @@ class OwnSlot:
 
 
 _own = OwnSlot()
+_is_job = False  # or is forked from one
 
 
 def own_slot() -> OwnSlot:
@@ -186,24 +199,21 @@ def own_slot() -> OwnSlot:
 
 def run_on(slot: OwnSlot) -> None:
     """In a new worker: state what it runs on."""
-    global _own  # noqa: PLW0603
+    global _own, _is_job  # noqa: PLW0603
     _own = slot
+    if not _is_job:  # in others, a child has nothing to forget
+        _is_job = True
+        _forking.call_in_children(_forget)
 
 
-class _ForgetInChild:
+def _forget(passed: frozenset[int]) -> None:
     """A process that is merely forked from a job is not that job, and holds no slot."""
-
-    def after_fork_in_child(self, passed: frozenset[int]) -> None:
-        slot = _own
-        if slot.key is None:
-            return  # it was none before
-        run_on(OwnSlot())
-        for fd in (slot._outer_bell, slot._inner_bell, slot._fd):
-            # A lease in use was closed by its pool; then this number is closed, or not ours.
-            attached = fd == slot._fd and slot._first is not None
-            if fd >= 0 and fd not in passed and not attached:
-                os.close(fd)
-
-
-_forget = _ForgetInChild()
-_forking.track(_forget)
+    slot = _own
+    if slot.key is None:
+        return  # it was none before
+    run_on(OwnSlot())
+    for fd in (slot._outer_bell, slot._inner_bell, slot._fd):
+        # A lease in use was closed by its pool; then this number is closed, or not ours.
+        attached = fd == slot._fd and slot._first is not None
+        if fd >= 0 and fd not in passed and not attached:
+            os.close(fd)

@@ -35,6 +35,7 @@ _process: Any = process
 _util: Any = util
 _threading: Any = threading
 _set_variables = _process.__dict__.update
+_finalizers: dict[Any, Any] = _util._finalizer_registry
 _after_forkers: dict[Any, Any] = _util._afterfork_registry.data
 
 
@@ -131,8 +132,8 @@ def forget_program() -> None:
         _set_wakeup_fd(-1)  # the program's event loop must not hear of our signals
     except ValueError:
         pass  # not the main thread
-    if _util._finalizer_registry:
-        _util._finalizer_registry.clear()
+    if _finalizers:
+        _finalizers.clear()
 
 
 def leave_stdin() -> None:
@@ -171,7 +172,7 @@ def finish_process() -> None:
     # Threads and hooks may submit more, so jobs are waited for after each of them.
     if len(_threading._active) > 1 or _threading._limbo:
         _finish(_threading._shutdown)
-    if _util._finalizer_registry or _process._children:
+    if _finalizers or _process._children:
         _finish(_util._exit_function)
     if atexit._ncallbacks():
         _finish(atexit._run_exitfuncs)

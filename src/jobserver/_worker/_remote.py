@@ -39,28 +39,30 @@ class Heritage(NamedTuple):
             threads, that.
         failure: Why it could not import the main module, if so.
         identity: Who they are.
+        until_job: What handles Ctrl-C until the job is there.
     """
 
     told: dict[str, Any]
     failure: Optional[RuntimeError]
     identity: Identity
+    until_job: Any
 
 
 def main(channel: int) -> NoReturn:
     """Entry point of a spawned worker."""
     os.set_inheritable(channel, False)
-    serve(channel, None)
+    serve(channel, Heritage({}, None, Identity(0), _signal.getsignal(_SIGINT)), spawned=True)
 
 
-def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
+def serve(channel: int, heritage: Heritage, *, spawned: bool) -> NoReturn:
     """
     Receive one job and run it.
 
     Args:
         channel: A blocking stream socket.
-        heritage: None without a zygote.
+        heritage: What is known already.
+        spawned: There is no zygote, and nobody knew whose child this is to be.
     """
-    until_job = _signal.getsignal(_SIGINT)
     sock = adopt(channel)
     try:
         frame, fds = receive_job(sock, b"", [])
@@ -68,8 +70,10 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
         os._exit(1)  # whoever wanted a job done is gone
     sock.detach()
     key, place, has_lease, has_bell, parent_pid, changed, stays = unpack_head(frame.segments[0])
-    told, failure, identity = heritage or ({}, None, Identity(parent_pid))
-    identity.assume(forked=heritage is not None)
+    told, failure, identity, until_job = heritage
+    if spawned:
+        identity.set_parent(parent_pid)
+    identity.assume(forked=not spawned)
     inherited, _tracker._fd = _tracker._fd, fds.pop(0)
     if inherited is not None:
         os.close(inherited)  # importing main in the zygote has opened it
@@ -80,7 +84,7 @@ def serve(channel: int, heritage: Optional[Heritage]) -> NoReturn:
         _inherit.hold(fds)
     # In a list, as it is to be held only until it is unpacked.
     job = partial(
-        _run_first, [frame], changed, told, failure, until_job, heritage is None, stays is not None
+        _run_first, [frame], changed, told, failure, until_job, spawned, stays is not None
     )
     del frame
     if stays is None:

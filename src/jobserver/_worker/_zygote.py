@@ -88,7 +88,7 @@ def main(server: int, door: int, alive: int) -> NoReturn:
     _large.prepare()
     inherit_door(door, told)
     main = {key: value for key, value in told.items() if key.startswith("init_main")}
-    heritage = Heritage(main, failure, Identity(0))
+    heritage = Heritage(main, failure, Identity(0), signal.getsignal(signal.SIGINT))
     if not threaded:
         with suppress(Exception):  # it is good for nothing but speed
             rehearse()
@@ -305,7 +305,7 @@ class _Zygote:
             # call does not return.
             for fd in (*self._own, *self._clients, *self._children):
                 _close(fd)
-            serve(channel, self._heritage)
+            serve(channel, self._heritage, spawned=False)
         except BaseException as error:  # noqa: BLE001
             report(error)
         finally:
