@@ -33,9 +33,10 @@ from typing import Any, Callable, Optional
 from ._memory import available, resident
 
 _SETTINGS = "/sys/kernel/mm/transparent_hugepage/"
-# Below so many seconds a fork is not dear, and need not be told of. It is what a program of some
-# 30 MB takes, and half of it what any does; on another machine it may be less or more than that.
-DEAR = 0.0005
+# Below so many seconds a fork is not dear, and need not be told of, which costs some pages, too. It
+# is what a program of some 40 MB takes, and half of it what any does; on another machine more or
+# less.
+DEAR = 0.0007
 # A process with less memory, of which 7 MB are the interpreter's and shared, gains nothing: what it
 # writes to after a fork lies everywhere in it.
 _LARGE = 32 << 20
