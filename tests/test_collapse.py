@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, Gate, await_end, open_fds, wait_until
+from helpers import PATIENCE, Gate, await_end, open_fds, steady_fds, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -324,6 +324,7 @@ def test_an_interrupt_amid_a_round_ends_the_job(
         with monkeypatch.context() as patch:
             patch.setattr(_fork, "DEAR", -1.0)
             patch.setattr(_fork, "forked", interrupted)
+            steady_fds(js)  # the pidfd of a job that has answered may be open a moment longer
             fds = open_fds()
             with pytest.raises(KeyboardInterrupt):
                 js.submit(gate.enter)
