@@ -85,7 +85,11 @@ def track(thing: _Tracked, *, at_leisure: bool = False) -> None:
 
 
 def call_in_children(function: Callable[[frozenset[int]], None]) -> None:
-    """Have it called in every forked child, at once, with the descriptors that it keeps."""
+    """
+    Have it called in every forked child, at once, with the descriptors that it keeps.
+
+    For what is never undone: ``track`` takes a lock and makes a reference, in each worker anew.
+    """
     _calls.append(function)
 
 

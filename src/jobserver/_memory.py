@@ -58,9 +58,10 @@ def _groups() -> Iterator[int]:
 
 
 def _left(directory: str, limit: str, usage: str, cache: bytes) -> int:
-    most, used, table = (_read(directory, name) for name in (limit, usage, "memory.stat"))
+    most = int(_read(directory, limit))  # first, as mostly there is none, and no more to be read
+    used = int(_read(directory, usage))
     # What was read from files and not used since makes room when room is wanted.
-    return max(0, int(most) - int(used) + _numbers(table)[cache])
+    return max(0, most - used + _numbers(_read(directory, "memory.stat"))[cache])
 
 
 def _read(directory: str, name: str) -> bytes:
